@@ -1,0 +1,43 @@
+"""A Post-LN Transformer language model over bytes, in Flax NNX."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+VOCABULARY = 256  # bytes
+
+
+class Block(nnx.Module):
+    """Attention and feed-forward, each normalised after its residual sum (Post-LN)."""
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+        self.attention = nnx.MultiHeadAttention(
+            heads, width, decode=False, deterministic=True, rngs=rngs
+        )
+        self.attention_norm = nnx.LayerNorm(width, rngs=rngs)
+        self.expand = nnx.Linear(width, 4 * width, rngs=rngs)
+        self.contract = nnx.Linear(4 * width, width, rngs=rngs)
+        self.feed_forward_norm = nnx.LayerNorm(width, rngs=rngs)
+
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        x = self.attention_norm(x + self.attention(x, mask=mask))
+        return self.feed_forward_norm(x + self.contract(nnx.relu(self.expand(x))))
+
+
+class Transformer(nnx.Module):
+    """Predicts the next byte at every position."""
+
+    def __init__(
+        self, depth: int, width: int, heads: int, context: int, *, rngs: nnx.Rngs
+    ):
+        self.tokens = nnx.Embed(VOCABULARY, width, rngs=rngs)
+        self.positions = nnx.Embed(context, width, rngs=rngs)
+        self.blocks = nnx.List([Block(width, heads, rngs=rngs) for _ in range(depth)])
+        self.logits = nnx.Linear(width, VOCABULARY, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = self.tokens(tokens) + self.positions(jnp.arange(tokens.shape[-1]))[None]
+        mask = nnx.make_causal_mask(tokens)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.logits(x)

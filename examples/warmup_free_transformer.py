@@ -1,0 +1,225 @@
+"""Trains a Post-LN Transformer with Adam, Adam with warm-up, RAdam and AdaMod.
+
+The text is the source of Python's own standard library, so that nothing has to be
+downloaded. Each optimizer starts from the same weights and sees the same batches.
+
+    python examples/warmup_free_transformer.py --steps 200 --seeds 3
+"""
+
+import csv
+import dataclasses
+import statistics
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+from tqdm import tqdm
+from transformer import Transformer
+
+from optax_adamod import adamod
+
+CONTEXT = 64
+BATCH = 32
+HEADS = 4
+FINAL = 20  # the final loss is the mean over this many last steps
+# Okabe and Ito's colours, which the colour-blind tell apart.
+COLOURS = ("#D55E00", "#0072B2", "#CC79A7", "#009E73")
+LINES = ("-", "--", ":", "-")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Compares optimizers on a Post-LN Transformer without learning-rate warm-up."""
+
+    steps: int = 200
+    """Training steps of each run."""
+    depth: int = 6
+    """Transformer blocks."""
+    width: int = 128
+    """Features of each token, a multiple of 4, the number of heads."""
+    learning_rate: float = 3e-3
+    """Learning rate of every optimizer, constant but for Adam's warm-up."""
+    b3: float = 0.99
+    """AdaMod's b3; its bound opens over about 1 / (1 - b3) steps."""
+    seeds: int = 1
+    """How often to repeat the comparison, from other weights and on other batches."""
+    output: Path = Path("outputs/warmup_free_transformer")
+    """Folder for the figure and the table of losses."""
+    text: Path = Path(sysconfig.get_path("stdlib"))
+    """Folder whose .py files are the text."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "depth", "width", "seeds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+        if self.steps < FINAL:
+            raise ValueError(
+                f"--steps must be at least {FINAL}, over which the final loss is "
+                f"averaged, got {self.steps}."
+            )
+        if self.width % HEADS:
+            raise ValueError(
+                f"--width must be a multiple of {HEADS}, the number of heads, got "
+                f"{self.width}."
+            )
+        if not self.learning_rate > 0:
+            raise ValueError(f"--learning-rate must be positive, got {self.learning_rate}.")
+        if not 0 <= self.b3 < 1:
+            raise ValueError(f"--b3 must be in [0, 1), got {self.b3}.")
+
+
+def load_text(folder: Path) -> np.ndarray:
+    """Returns the bytes of the folder's Python files, end to end."""
+    text = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
+    if len(text) <= BATCH * CONTEXT:
+        raise ValueError(
+            f"the .py files in {folder} hold {len(text)} bytes; one batch needs more "
+            f"than {BATCH * CONTEXT}. Give another folder with --text."
+        )
+    return np.frombuffer(text, np.uint8)
+
+
+def batches(text: np.ndarray, seed: int) -> Iterator[np.ndarray]:
+    """Yields random windows of the text: int32[BATCH, CONTEXT + 1]."""
+    rng = np.random.default_rng(seed)
+    windows = np.lib.stride_tricks.sliding_window_view(text, CONTEXT + 1)
+    while True:
+        yield windows[rng.integers(len(windows), size=BATCH)].astype(np.int32)
+
+
+def optimizers(options: Options) -> dict[str, optax.GradientTransformation]:
+    """Returns the optimizers to compare, by their names in the figure."""
+    learning_rate, betas = options.learning_rate, {"b1": 0.9, "b2": 0.98}
+    warmup = max(1, options.steps // 3)
+    schedule = optax.linear_schedule(learning_rate / warmup, learning_rate, warmup)
+    return {
+        "Adam": optax.adam(learning_rate, **betas),
+        f"Adam, {warmup} steps of warm-up": optax.adam(schedule, **betas),
+        "RAdam": optax.radam(learning_rate, **betas),
+        f"AdaMod, b3 {options.b3:g}": adamod(learning_rate, **betas, b3=options.b3),
+    }
+
+
+@nnx.jit
+def train_step(
+    model: Transformer, optimizer: nnx.Optimizer, windows: jax.Array
+) -> jax.Array:
+    """Updates model and optimizer in place; returns the loss in nats per byte."""
+
+    def loss_fn(model: Transformer) -> jax.Array:
+        return optax.softmax_cross_entropy_with_integer_labels(
+            model(windows[:, :-1]), windows[:, 1:]
+        ).mean()
+
+    loss, gradients = nnx.value_and_grad(loss_fn)(model)
+    optimizer.update(model, gradients)
+    return loss
+
+
+def train(
+    name: str,
+    tx: optax.GradientTransformation,
+    text: np.ndarray,
+    seed: int,
+    options: Options,
+) -> list[float]:
+    """Returns the loss of every step."""
+    model = Transformer(
+        options.depth, options.width, HEADS, CONTEXT, rngs=nnx.Rngs(seed)
+    )
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    losses: list[float] = []
+    steps = zip(range(options.steps), batches(text, seed), strict=False)
+    with tqdm(steps, f"{name}, seed {seed}", options.steps, unit="step") as progress:
+        for _, windows in progress:
+            losses.append(float(train_step(model, optimizer, windows)))
+            progress.set_postfix(loss=f"{losses[-1]:.3f}")
+    return losses
+
+
+def final_loss(losses: list[float]) -> float:
+    return statistics.fmean(losses[-FINAL:])
+
+
+def table(runs: dict[str, list[list[float]]], seconds: dict[str, float]) -> str:
+    """Returns a Markdown table with a row for each optimizer."""
+    rows = ["| optimizer | final loss, nats | lowest to highest seed | seconds a run |"]
+    rows.append("| --- | --- | --- | --- |")
+    for name, losses in runs.items():
+        finals = [final_loss(x) for x in losses]
+        rows.append(
+            f"| {name} | {statistics.fmean(finals):.2f} | {min(finals):.2f} to "
+            f"{max(finals):.2f} | {seconds[name] / len(losses):.0f} |"
+        )
+    return "\n".join(rows)
+
+
+def plot(runs: dict[str, list[list[float]]], path: Path) -> None:
+    """Draws the mean loss over the seeds, and their range as a band."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for (name, losses), colour, line in zip(
+        runs.items(), COLOURS, LINES, strict=True
+    ):
+        curves = np.asarray(losses)
+        steps = np.arange(1, curves.shape[1] + 1)
+        axes.plot(steps, curves.mean(axis=0), line, color=colour, label=name)
+        axes.fill_between(
+            steps, curves.min(0), curves.max(0), color=colour, alpha=0.2, linewidth=0
+        )
+    axes.set(
+        xlabel="step",
+        ylabel="training loss, nats per byte",
+        title="Post-LN Transformer, same learning rate, no warm-up unless named",
+        xlim=(1, steps[-1]),
+        ylim=(None, 5),
+    )
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def save_losses(runs: dict[str, list[list[float]]], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["optimizer", "seed", "step", "loss"])
+        for name, seeds in runs.items():
+            for seed, losses in enumerate(seeds):
+                for step, loss in enumerate(losses, start=1):
+                    writer.writerow([name, seed, step, loss])
+
+
+def main(options: Options) -> dict[str, list[list[float]]]:
+    """Runs the comparison; returns the losses by optimizer, seed and step."""
+    text = load_text(options.text)
+    options.output.mkdir(parents=True, exist_ok=True)
+    print(f"{len(text):,} bytes of text, on {jax.devices()[0].device_kind}")
+    runs: dict[str, list[list[float]]] = {name: [] for name in optimizers(options)}
+    seconds = dict.fromkeys(runs, 0.0)
+    for seed in range(options.seeds):
+        for name, tx in optimizers(options).items():
+            start = time.perf_counter()
+            runs[name].append(train(name, tx, text, seed, options))
+            seconds[name] += time.perf_counter() - start
+    figure, losses = options.output / "losses.png", options.output / "losses.csv"
+    plot(runs, figure)
+    save_losses(runs, losses)
+    print(table(runs, seconds))
+    print(f"loss curves: {figure}\nlosses of every step: {losses}")
+    return runs
+
+
+if __name__ == "__main__":
+    matplotlib.use("Agg")
+    try:
+        main(tyro.cli(Options, description=__doc__))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error

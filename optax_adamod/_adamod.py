@@ -1,0 +1,543 @@
+"""AdaMod.
+
+Implementation of
+"Adaptive and Momental Bounds for Adaptive Learning Rate Methods"
+(https://arxiv.org/abs/1910.12249) by Jianbang Ding, Xuancheng Ren, Ruixuan Luo
+and Xu Sun.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_adamod import _checks
+
+
+class ScaleByAdamodState(NamedTuple):
+    """State for the AdaMod algorithm."""
+
+    count: jax.typing.ArrayLike  # shape=(), dtype=jnp.int32.
+    mu: optax.Updates  # like the parameters, in their dtype or mu_dtype.
+    nu: optax.Updates  # like the parameters, real, float32 or wider, or nu_dtype.
+    bound: optax.Updates  # like nu, or bound_dtype; in units of the learning rate.
+
+
+def scale_by_adamod(
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    b3: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    mu_dtype: Any | None = None,
+    *,
+    nesterov: bool = False,
+    nu_dtype: Any | None = None,
+    bound_dtype: Any | None = None,
+    bound_learning_rate: optax.ScalarOrSchedule = 1.0,
+    convention: str = "paper",
+) -> optax.GradientTransformation:
+    r"""Rescale updates according to the AdaMod algorithm.
+
+    See :func:`optax_adamod.adamod` for the equations. This transformation emits the
+    update per unit of learning rate,
+
+    .. math::
+
+      \min(\eta_t, s_t) / \alpha_t \cdot \hat{m}_t,
+
+    so that it stands in a chain where :func:`optax.scale_by_adam` would.
+
+    With a constant learning rate :math:`\alpha` cancels, and ``bound_learning_rate``
+    need not be given. A schedule does not cancel, for the bound averages the rates of
+    many steps: hand the same schedule to ``bound_learning_rate`` and to
+    :func:`optax.scale_by_learning_rate`.
+
+    Args:
+      b1: Decay rate of the average of the gradients, in [0, 1).
+      b2: Decay rate of the average of the squared gradients, in [0, 1).
+      b3: Decay rate of the average of the learning rates, in [0, 1). The bound opens
+        over about ``1 / (1 - b3)`` steps; 0 gives Adam.
+      eps: Added to the root of the second moment; at least 0, in units of the
+        gradient.
+      eps_root: Added to the second moment inside the root; at least 0, in units of
+        the squared gradient. Needed to differentiate through an update.
+      mu_dtype: Dtype of ``mu``, any floating dtype; None for the parameters' own.
+        The accumulator of a complex parameter is complex of that precision.
+      nesterov: Whether to use Nesterov momentum, with ``convention="paper"`` only.
+      nu_dtype: Dtype of ``nu``, 'float32' or 'float64'; None for the parameters' real
+        dtype, in at least float32.
+      bound_dtype: Dtype of ``bound``, as ``nu_dtype``.
+      bound_learning_rate: Learning rate inside the bound, in parameter units per unit
+        of normalised gradient: a scalar, or a schedule from the step count to one.
+      convention: 'paper' for Algorithm 1 of the paper, 'torch' for the authors'
+        PyTorch release.
+
+    Returns:
+      The corresponding :class:`optax.GradientTransformation`.
+
+    Raises:
+      ValueError: If a decay rate is outside [0, 1), ``eps`` or ``eps_root`` is
+        negative or not finite, ``convention`` is unknown, or ``nesterov`` is combined
+        with ``convention='torch'``. From ``update``, if the updates have another
+        structure or other shapes than the state.
+      TypeError: If an accumulator cannot have the dtype asked for, or a decay rate is
+        an array of less than 32 bits. From ``init``, if a parameter is neither
+        floating nor complex.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from optax_adamod import scale_by_adamod
+      >>> def f(x): return jnp.sum(x ** 2)  # simple quadratic function
+      >>> schedule = optax.cosine_decay_schedule(0.4, decay_steps=20)
+      >>> solver = optax.chain(
+      ...     optax.clip_by_global_norm(1.0),
+      ...     scale_by_adamod(b3=0.9, bound_learning_rate=schedule),
+      ...     optax.scale_by_learning_rate(schedule),
+      ... )
+      >>> params = jnp.array([1., 2., 3.])
+      >>> print('Objective function: {:.2f}'.format(f(params)))
+      Objective function: 14.00
+      >>> opt_state = solver.init(params)
+      >>> for step in range(1, 21):
+      ...  grad = jax.grad(f)(params)
+      ...  updates, opt_state = solver.update(grad, opt_state, params)
+      ...  params = optax.apply_updates(params, updates)
+      ...  if step % 5 == 0:
+      ...   print('Objective function: {:.2f}'.format(f(params)))
+      Objective function: 8.63
+      Objective function: 2.52
+      Objective function: 0.67
+      Objective function: 0.46
+
+    References:
+      Ding et al, `Adaptive and Momental Bounds for Adaptive Learning Rate Methods
+      <https://arxiv.org/abs/1910.12249>`_, 2019
+
+    .. seealso:: :func:`optax_adamod.adamod`, :func:`optax_adamod.adamodw`.
+    """
+    b1 = _checks.decay_rate("b1", b1)
+    b2 = _checks.decay_rate("b2", b2)
+    b3 = _checks.decay_rate("b3", b3)
+    eps = _checks.nonnegative("eps", eps)
+    eps_root = _checks.nonnegative("eps_root", eps_root)
+    mu_dtype = _checks.mu_dtype(mu_dtype)
+    nu_dtype = _checks.rate_dtype("nu_dtype", nu_dtype)
+    bound_dtype = _checks.rate_dtype("bound_dtype", bound_dtype)
+    paper = _checks.choice("convention", convention, ("paper", "torch")) == "paper"
+    if nesterov and not paper:
+        raise ValueError(
+            "nesterov=True is defined for convention='paper' alone, got "
+            f"convention={convention!r}."
+        )
+
+    def init_fn(params):
+        _checks.parameters(params)
+
+        def zeros(dtype_of):
+            return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype_of(p)), params)
+
+        return ScaleByAdamodState(
+            count=jnp.zeros([], jnp.int32),
+            mu=zeros(lambda p: _mu_dtype(p, mu_dtype)),
+            nu=zeros(lambda p: _real_dtype(p) if nu_dtype is None else nu_dtype),
+            bound=zeros(lambda p: _real_dtype(p) if bound_dtype is None else bound_dtype),
+        )
+
+    def update_fn(updates, state, params=None):
+        del params
+        count = optax.safe_increment(state.count)
+        if callable(bound_learning_rate):
+            learning_rate = bound_learning_rate(state.count)
+        else:
+            learning_rate = bound_learning_rate
+
+        @functools.cache
+        def rule(dtype):
+            """The equations in one precision, with the scalars that leaves share."""
+            beta1, beta2, beta3, epsilon, epsilon_root = (
+                x if isinstance(x, float) else jnp.asarray(x, dtype)
+                for x in (b1, b2, b3, eps, eps_root)
+            )
+            alpha = jnp.asarray(learning_rate, dtype)
+            # At α = 0 the emitted update only has to be finite: the chain scales it
+            # by α. The bound is then what it is, in any unit.
+            is_zero = jnp.abs(alpha) < jnp.finfo(dtype).tiny
+            per_alpha = 1 / jnp.where(is_zero, 1, alpha)
+
+            debias1 = _debias(beta1, count.astype(dtype))
+            debias1_next = _debias(beta1, optax.safe_increment(count).astype(dtype))
+            debias2 = _debias(beta2, count.astype(dtype))
+            if paper:
+                numerator, nu_scale, q = 1.0, debias2, 1 / jnp.sqrt(debias2)
+            else:
+                q = jnp.sqrt(debias2)
+                numerator, nu_scale = debias1 / q, 1.0
+
+            def leaf(g, mu, nu, bound):
+                g_dtype, g = g.dtype, g.astype(jnp.result_type(g, dtype))
+                m = _lerp(mu.astype(g.dtype), g, beta1)
+                v = _lerp(nu.astype(dtype), jnp.real(jnp.conj(g) * g), beta2)
+                eta = _rate(v, alpha * numerator, nu_scale, epsilon, epsilon_root)
+                s = _lerp(bound.astype(dtype), eta, beta3)
+                # eta / alpha once more, scaled by q so that XLA does not see that it
+                # is: on CPU it would write a rate with two uses to memory, which
+                # takes longer than the rest of the update.
+                rate = _rate(
+                    v,
+                    q * numerator,
+                    q**2 * nu_scale,
+                    q * epsilon,
+                    q**2 * epsilon_root,
+                )
+                rate = jnp.minimum(rate, s * per_alpha)
+                if nesterov:
+                    m_hat = beta1 * debias1_next * m + (1 - beta1) * debias1 * g
+                elif paper:
+                    m_hat = debias1 * m
+                else:
+                    m_hat = m
+                return (
+                    (rate * m_hat).astype(g_dtype),
+                    m.astype(mu.dtype),
+                    v.astype(nu.dtype),
+                    s.astype(bound.dtype),
+                )
+
+            return leaf
+
+        gradients, treedef = jax.tree_util.tree_flatten_with_path(
+            updates, is_leaf=lambda x: x is None
+        )
+        averages = zip(*map(treedef.flatten_up_to, state[1:]), strict=True)
+        leaves = []
+        for (path, g), (mu, nu, bound) in zip(gradients, averages, strict=True):
+            if g is None:
+                leaves.append((None, mu, nu, bound))
+            else:
+                _checks.same_shape(path, g, mu)
+                leaves.append(rule(_real_dtype(g, nu, bound))(g, mu, nu, bound))
+        updates, mu, nu, bound = (
+            treedef.unflatten([leaf[i] for leaf in leaves]) for i in range(4)
+        )
+        return updates, ScaleByAdamodState(count=count, mu=mu, nu=nu, bound=bound)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def adamod(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    b3: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    mu_dtype: Any | None = None,
+    *,
+    nesterov: bool = False,
+    nu_dtype: Any | None = None,
+    bound_dtype: Any | None = None,
+    convention: str = "paper",
+) -> optax.GradientTransformationExtraArgs:
+    r"""The AdaMod optimizer.
+
+    AdaMod is Adam with a bound on its learning rates. Adam divides by an average of
+    few squared gradients early on, and some coordinates then take steps from which
+    training never recovers, unless a warm-up keeps the learning rate small. AdaMod
+    averages the learning rate of each coordinate over time and lets no step take a
+    larger one than that average. Since the average starts at zero, every coordinate
+    warms up over about :math:`1/(1-eta_3)` steps, with no schedule.
+
+    Let :math:`lpha_t` represent the learning rate and :math:`eta_1, eta_2,
+    eta_3, arepsilon, ar{arepsilon}` the arguments ``b1``, ``b2``, ``b3``,
+    ``eps`` and ``eps_root``. The ``init`` function of this optimizer initializes the
+    averages :math:`(m_0, v_0, s_0) = (0, 0, 0)`, and at step :math:`t = 1, 2, \ldots`
+    the ``update`` function takes the gradients :math:`g_t` and computes
+
+    .. math::
+
+      egin{align*}
+        m_t &\leftarrow eta_1 \cdot m_{t-1} + (1-eta_1) \cdot g_t \
+        v_t &\leftarrow eta_2 \cdot v_{t-1} + (1-eta_2) \cdot |g_t|^2 \
+        \hat{m}_t &\leftarrow m_t / (1-eta_1^t) \
+        \hat{v}_t &\leftarrow v_t / (1-eta_2^t) \
+        \eta_t &\leftarrow lpha_t / \left(\sqrt{\hat{v}_t + ar{arepsilon}}
+        + arepsilon
+ight) \
+        s_t &\leftarrow eta_3 \cdot s_{t-1} + (1-eta_3) \cdot \eta_t \
+        u_t &\leftarrow -\min(\eta_t, s_t) \cdot \hat{m}_t.
+      \end{align*}
+
+    Without the minimum, and with :math:`eta_3 = 0`, this is Adam. The bound
+    :math:`s_t` is not bias-corrected. It averages :math:`lpha_t` too, so that under
+    a schedule it remembers the learning rates of the last :math:`1/(1-eta_3)` steps.
+
+    With ``nesterov=True``, as in :func:`optax.adam`,
+
+    .. math::
+
+      \hat{m}_t \leftarrow
+        eta_1 m_t / (1-eta_1^{t+1}) + (1-eta_1) g_t / (1-eta_1^t).
+
+    With ``convention='torch'``, as in the authors' PyTorch release, from which the
+    paper's results come, both bias corrections are part of the averaged rate, and
+    :math:`arepsilon` is not corrected:
+
+    .. math::
+
+      egin{align*}
+        \eta_t &\leftarrow lpha_t rac{\sqrt{1-eta_2^t}}{1-eta_1^t} /
+        \left(\sqrt{v_t + ar{arepsilon}} + arepsilon
+ight) \
+        u_t &\leftarrow -\min(\eta_t, s_t) \cdot m_t.
+      \end{align*}
+
+    Args:
+      learning_rate: A scalar, or a schedule from the step count to one; in parameter
+        units per unit of normalised gradient. A coordinate moves by about this much
+        per step, once the bound has opened.
+      b1: Decay rate of the average of the gradients, in [0, 1).
+      b2: Decay rate of the average of the squared gradients, in [0, 1).
+      b3: Decay rate of the average of the learning rates, in [0, 1). The bound opens
+        over about ``1 / (1 - b3)`` steps; 0 gives Adam.
+      eps: Added to the root of the second moment, where it avoids a division by zero;
+        at least 0, in units of the gradient.
+      eps_root: Added to the second moment inside the root; at least 0, in units of
+        the squared gradient. Needed to differentiate through an update.
+      mu_dtype: Dtype of the average of the gradients, any floating dtype; None for
+        the parameters' own. For a complex parameter it is the precision.
+      nesterov: Whether to use Nesterov momentum, with ``convention='paper'`` only.
+      nu_dtype: Dtype of the average of the squared gradients, 'float32' or 'float64';
+        None for the parameters' real dtype, in at least float32.
+      bound_dtype: Dtype of the average of the learning rates, as ``nu_dtype``.
+      convention: 'paper' for Algorithm 1 of the paper, 'torch' for the authors'
+        PyTorch release.
+
+    Returns:
+      The corresponding :class:`optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      ValueError: If a decay rate is outside [0, 1), ``eps`` or ``eps_root`` is
+        negative or not finite, ``convention`` is unknown, or ``nesterov`` is combined
+        with ``convention='torch'``. From ``update``, if the updates have another
+        structure or other shapes than the state.
+      TypeError: If an accumulator cannot have the dtype asked for, or a decay rate is
+        an array of less than 32 bits. From ``init``, if a parameter is neither
+        floating nor complex.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from optax_adamod import adamod
+      >>> def f(x): return jnp.sum(x ** 2)  # simple quadratic function
+      >>> solver = adamod(learning_rate=0.3, b3=0.9)
+      >>> params = jnp.array([1., 2., 3.])
+      >>> print('Objective function: {:.2f}'.format(f(params)))
+      Objective function: 14.00
+      >>> opt_state = solver.init(params)
+      >>> for step in range(1, 21):
+      ...  grad = jax.grad(f)(params)
+      ...  updates, opt_state = solver.update(grad, opt_state, params)
+      ...  params = optax.apply_updates(params, updates)
+      ...  if step % 5 == 0:
+      ...   print('Objective function: {:.2f}'.format(f(params)))
+      Objective function: 9.81
+      Objective function: 4.07
+      Objective function: 1.05
+      Objective function: 0.36
+
+    References:
+      Ding et al, `Adaptive and Momental Bounds for Adaptive Learning Rate Methods
+      <https://arxiv.org/abs/1910.12249>`_, 2019
+
+      Ding et al, Adaptive and Momental Bounds for Adaptive Learning Rate Methods,
+      NLPCC 2023, LNCS 14302, pp. 361-372
+
+      `The authors' PyTorch release <https://pypi.org/project/adamod/>`_, 2019
+
+    .. note::
+      :func:`optax.inject_hyperparams` takes a callable for a schedule, so give it
+      dtypes as strings, ``mu_dtype='bfloat16'``. It turns ``b3`` into a float32 array,
+      which knows :math:`1-eta_3` to 5e-5 only; name ``b3`` in ``static_args`` for
+      the exact value.
+
+    .. seealso:: :func:`optax_adamod.adamodw`, :func:`optax_adamod.scale_by_adamod`,
+      :func:`optax.adam`.
+    """
+    return optax.chain(
+        scale_by_adamod(
+            b1=b1,
+            b2=b2,
+            b3=b3,
+            eps=eps,
+            eps_root=eps_root,
+            mu_dtype=mu_dtype,
+            nesterov=nesterov,
+            nu_dtype=nu_dtype,
+            bound_dtype=bound_dtype,
+            bound_learning_rate=learning_rate,
+            convention=convention,
+        ),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def adamodw(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    b3: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    mu_dtype: Any | None = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: optax.MaskOrFn = None,
+    *,
+    nesterov: bool = False,
+    nu_dtype: Any | None = None,
+    bound_dtype: Any | None = None,
+    convention: str = "paper",
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdaMod with decoupled weight decay.
+
+    The update is that of :func:`optax_adamod.adamod`, where the symbols are explained,
+    and in the same step the parameters decay by the learning rate times
+    ``weight_decay``, :math:`\lambda`:
+
+    .. math::
+
+      u_t \leftarrow -\min(\eta_t, s_t) \cdot \hat{m}_t
+        - lpha_t \cdot \lambda \cdot 	heta_{t-1}.
+
+    The bound does not touch the decay, as in the authors' release.
+
+    Args:
+      learning_rate: A scalar, or a schedule from the step count to one; in parameter
+        units per unit of normalised gradient. A coordinate moves by about this much
+        per step, once the bound has opened.
+      b1: Decay rate of the average of the gradients, in [0, 1).
+      b2: Decay rate of the average of the squared gradients, in [0, 1).
+      b3: Decay rate of the average of the learning rates, in [0, 1). The bound opens
+        over about ``1 / (1 - b3)`` steps; 0 gives Adam.
+      eps: Added to the root of the second moment, where it avoids a division by zero;
+        at least 0, in units of the gradient.
+      eps_root: Added to the second moment inside the root; at least 0, in units of
+        the squared gradient. Needed to differentiate through an update.
+      mu_dtype: Dtype of the average of the gradients, any floating dtype; None for
+        the parameters' own. For a complex parameter it is the precision.
+      weight_decay: Strength of the weight decay, per unit of learning rate: a scalar,
+        or a schedule from the step count to one.
+      mask: A tree with the structure of the parameters, or a prefix of it, with
+        booleans for leaves, or a function from the parameters to such a tree. True
+        for the leaves that decay; None for all of them.
+      nesterov: Whether to use Nesterov momentum, with ``convention='paper'`` only.
+      nu_dtype: Dtype of the average of the squared gradients, 'float32' or 'float64';
+        None for the parameters' real dtype, in at least float32.
+      bound_dtype: Dtype of the average of the learning rates, as ``nu_dtype``.
+      convention: 'paper' for Algorithm 1 of the paper, 'torch' for the authors'
+        PyTorch release.
+
+    Returns:
+      The corresponding :class:`optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      ValueError: If a decay rate is outside [0, 1), ``eps`` or ``eps_root`` is
+        negative or not finite, ``convention`` is unknown, or ``nesterov`` is combined
+        with ``convention='torch'``. From ``update``, if the updates have another
+        structure or other shapes than the state.
+      TypeError: If an accumulator cannot have the dtype asked for, or a decay rate is
+        an array of less than 32 bits. From ``init``, if a parameter is neither
+        floating nor complex.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from optax_adamod import adamodw
+      >>> def f(x): return jnp.sum(x ** 2)  # simple quadratic function
+      >>> solver = adamodw(learning_rate=0.3, b3=0.9, weight_decay=1e-2)
+      >>> params = jnp.array([1., 2., 3.])
+      >>> print('Objective function: {:.2f}'.format(f(params)))
+      Objective function: 14.00
+      >>> opt_state = solver.init(params)
+      >>> for step in range(1, 21):
+      ...  grad = jax.grad(f)(params)
+      ...  updates, opt_state = solver.update(grad, opt_state, params)
+      ...  params = optax.apply_updates(params, updates)
+      ...  if step % 5 == 0:
+      ...   print('Objective function: {:.2f}'.format(f(params)))
+      Objective function: 9.49
+      Objective function: 3.75
+      Objective function: 0.91
+      Objective function: 0.35
+
+    References:
+      Ding et al, `Adaptive and Momental Bounds for Adaptive Learning Rate Methods
+      <https://arxiv.org/abs/1910.12249>`_, 2019
+
+      Loshchilov et al, `Decoupled Weight Decay Regularization
+      <https://arxiv.org/abs/1711.05101>`_, 2019
+
+    .. seealso:: :func:`optax_adamod.adamod`, :func:`optax_adamod.scale_by_adamod`,
+      :func:`optax.adamw`.
+    """
+    return optax.chain(
+        scale_by_adamod(
+            b1=b1,
+            b2=b2,
+            b3=b3,
+            eps=eps,
+            eps_root=eps_root,
+            mu_dtype=mu_dtype,
+            nesterov=nesterov,
+            nu_dtype=nu_dtype,
+            bound_dtype=bound_dtype,
+            bound_learning_rate=learning_rate,
+            convention=convention,
+        ),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _lerp(average, x, b):
+    """``b * average + (1 - b) * x``, in the form that keeps the smaller weight."""
+    near = average + (1 - b) * (x - average)
+    far = b * average + (1 - b) * x
+    if isinstance(b, float):
+        return near if b >= 0.5 else far
+    return jnp.where(b >= 0.5, near, far)
+
+
+def _debias(b, t):
+    """``1 / (1 - b**t)``, exact for b near 1, where ``b**t`` rounds."""
+    if isinstance(b, float):
+        log_b = math.log(b) if b > 0 else -math.inf
+    else:
+        log_b = jnp.log(b)
+    return -1 / jnp.expm1(t * log_b)
+
+
+def _rate(nu, numerator, nu_scale, eps, eps_root):
+    return numerator / (jnp.sqrt(nu_scale * nu + eps_root) + eps)
+
+
+def _real_dtype(*values):
+    """The real dtype of the arithmetic on ``values``: theirs, in at least float32."""
+    dtypes = (jnp.finfo(jnp.result_type(x)).dtype for x in values)
+    return jnp.result_type(jnp.float32, *dtypes)
+
+
+def _mu_dtype(param, mu_dtype):
+    dtype = jnp.result_type(param)
+    if mu_dtype is None:
+        return dtype
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return jnp.result_type(mu_dtype, jnp.complex64)
+    return mu_dtype
