@@ -67,7 +67,7 @@ def scale_by_adamod(
         the squared gradient. Needed to differentiate through an update.
       mu_dtype: Dtype of ``mu``, any floating dtype; None for the parameters' own.
         The accumulator of a complex parameter is complex of that precision.
-      nesterov: Whether to use Nesterov momentum, with ``convention="paper"`` only.
+      nesterov: Whether to use Nesterov momentum, with ``convention='paper'`` only.
       nu_dtype: Dtype of ``nu``, 'float32' or 'float64'; None for the parameters' real
         dtype, in at least float32.
       bound_dtype: Dtype of ``bound``, as ``nu_dtype``.
@@ -214,6 +214,7 @@ def scale_by_adamod(
         gradients, treedef = jax.tree_util.tree_flatten_with_path(
             updates, is_leaf=lambda x: x is None
         )
+        _checks.same_structure(treedef, state.mu)
         averages = zip(*map(treedef.flatten_up_to, state[1:]), strict=True)
         leaves = []
         for (path, g), (mu, nu, bound) in zip(gradients, averages, strict=True):
@@ -251,49 +252,47 @@ def adamod(
     training never recovers, unless a warm-up keeps the learning rate small. AdaMod
     averages the learning rate of each coordinate over time and lets no step take a
     larger one than that average. Since the average starts at zero, every coordinate
-    warms up over about :math:`1/(1-eta_3)` steps, with no schedule.
+    warms up over about :math:`1/(1-\beta_3)` steps, with no schedule.
 
-    Let :math:`lpha_t` represent the learning rate and :math:`eta_1, eta_2,
-    eta_3, arepsilon, ar{arepsilon}` the arguments ``b1``, ``b2``, ``b3``,
+    Let :math:`\alpha_t` represent the learning rate and :math:`\beta_1, \beta_2,
+    \beta_3, \varepsilon, \bar{\varepsilon}` the arguments ``b1``, ``b2``, ``b3``,
     ``eps`` and ``eps_root``. The ``init`` function of this optimizer initializes the
     averages :math:`(m_0, v_0, s_0) = (0, 0, 0)`, and at step :math:`t = 1, 2, \ldots`
     the ``update`` function takes the gradients :math:`g_t` and computes
 
     .. math::
 
-      egin{align*}
-        m_t &\leftarrow eta_1 \cdot m_{t-1} + (1-eta_1) \cdot g_t \
-        v_t &\leftarrow eta_2 \cdot v_{t-1} + (1-eta_2) \cdot |g_t|^2 \
-        \hat{m}_t &\leftarrow m_t / (1-eta_1^t) \
-        \hat{v}_t &\leftarrow v_t / (1-eta_2^t) \
-        \eta_t &\leftarrow lpha_t / \left(\sqrt{\hat{v}_t + ar{arepsilon}}
-        + arepsilon
-ight) \
-        s_t &\leftarrow eta_3 \cdot s_{t-1} + (1-eta_3) \cdot \eta_t \
+      \begin{align*}
+        m_t &\leftarrow \beta_1 \cdot m_{t-1} + (1-\beta_1) \cdot g_t \\
+        v_t &\leftarrow \beta_2 \cdot v_{t-1} + (1-\beta_2) \cdot |g_t|^2 \\
+        \hat{m}_t &\leftarrow m_t / (1-\beta_1^t) \\
+        \hat{v}_t &\leftarrow v_t / (1-\beta_2^t) \\
+        \eta_t &\leftarrow \alpha_t / \left(\sqrt{\hat{v}_t + \bar{\varepsilon}}
+        + \varepsilon\right) \\
+        s_t &\leftarrow \beta_3 \cdot s_{t-1} + (1-\beta_3) \cdot \eta_t \\
         u_t &\leftarrow -\min(\eta_t, s_t) \cdot \hat{m}_t.
       \end{align*}
 
-    Without the minimum, and with :math:`eta_3 = 0`, this is Adam. The bound
-    :math:`s_t` is not bias-corrected. It averages :math:`lpha_t` too, so that under
-    a schedule it remembers the learning rates of the last :math:`1/(1-eta_3)` steps.
+    With :math:`\beta_3 = 0` this is Adam. The bound
+    :math:`s_t` is not bias-corrected. It averages :math:`\alpha_t` too, so that under
+    a schedule it remembers the learning rates of the last :math:`1/(1-\beta_3)` steps.
 
     With ``nesterov=True``, as in :func:`optax.adam`,
 
     .. math::
 
       \hat{m}_t \leftarrow
-        eta_1 m_t / (1-eta_1^{t+1}) + (1-eta_1) g_t / (1-eta_1^t).
+        \beta_1 m_t / (1-\beta_1^{t+1}) + (1-\beta_1) g_t / (1-\beta_1^t).
 
     With ``convention='torch'``, as in the authors' PyTorch release, from which the
     paper's results come, both bias corrections are part of the averaged rate, and
-    :math:`arepsilon` is not corrected:
+    :math:`\varepsilon` is not corrected:
 
     .. math::
 
-      egin{align*}
-        \eta_t &\leftarrow lpha_t rac{\sqrt{1-eta_2^t}}{1-eta_1^t} /
-        \left(\sqrt{v_t + ar{arepsilon}} + arepsilon
-ight) \
+      \begin{align*}
+        \eta_t &\leftarrow \alpha_t \frac{\sqrt{1-\beta_2^t}}{1-\beta_1^t} /
+        \left(\sqrt{v_t + \bar{\varepsilon}} + \varepsilon\right) \\
         u_t &\leftarrow -\min(\eta_t, s_t) \cdot m_t.
       \end{align*}
 
@@ -364,7 +363,7 @@ ight) \
     .. note::
       :func:`optax.inject_hyperparams` takes a callable for a schedule, so give it
       dtypes as strings, ``mu_dtype='bfloat16'``. It turns ``b3`` into a float32 array,
-      which knows :math:`1-eta_3` to 5e-5 only; name ``b3`` in ``static_args`` for
+      which knows :math:`1-\beta_3` to 5e-5 only; name ``b3`` in ``static_args`` for
       the exact value.
 
     .. seealso:: :func:`optax_adamod.adamodw`, :func:`optax_adamod.scale_by_adamod`,
@@ -413,7 +412,7 @@ def adamodw(
     .. math::
 
       u_t \leftarrow -\min(\eta_t, s_t) \cdot \hat{m}_t
-        - lpha_t \cdot \lambda \cdot 	heta_{t-1}.
+        - \alpha_t \cdot \lambda \cdot \theta_{t-1}.
 
     The bound does not touch the decay, as in the authors' release.
 

@@ -76,6 +76,17 @@ def parameters(params: Any) -> None:
             )
 
 
+def same_structure(updates: jax.tree_util.PyTreeDef, state: Any) -> None:
+    """Refuses updates from another tree than the state was initialised for."""
+    try:
+        updates.flatten_up_to(state)
+    except ValueError as error:
+        raise ValueError(
+            f"the updates and the state differ in structure: {error}\n"
+            f"updates: {updates}\nstate: {jax.tree.structure(state)}"
+        ) from error
+
+
 def same_shape(path: Any, update: jax.Array, average: jax.Array) -> None:
     """Refuses an update that would broadcast against its state."""
     if jnp.shape(update) != jnp.shape(average):

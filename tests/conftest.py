@@ -1,0 +1,26 @@
+"""Eight CPU devices, strict ranks, and 64-bit mode on request."""
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Compilation makes the first example of a property slow; seeds are fixed.
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def matplotlib_without_a_screen(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+
+
+@pytest.fixture
+def x64():
+    """64-bit mode for one test; the others run without it, as users do."""
+    if jax.default_backend() == "tpu":
+        pytest.skip("TPUs have no complex128 and emulate float64")
+    with jax.enable_x64(True):
+        yield

@@ -1,0 +1,69 @@
+"""AdaMod in float64 NumPy: the paper's Algorithm 1 and the authors' release.
+
+Written from the equations, one line each, with nothing of the library in it.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaMod:
+    """Updates of one array; complex gradients have real ``v`` and ``s``."""
+
+    alpha: Callable[[int], float]  # learning rate of step t = 1, 2, ...
+    b1: float = 0.9
+    b2: float = 0.999
+    b3: float = 0.999
+    eps: float = 1e-8
+    eps_root: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+    convention: str = "paper"
+
+    def step(self, t, g, m, v, s, theta):
+        """Returns m_t, v_t, s_t, the rate min(eta_t, s_t) and theta_t - theta_{t-1}."""
+        m = self.b1 * m + (1 - self.b1) * g
+        v = self.b2 * v + (1 - self.b2) * np.abs(g) ** 2
+        if self.convention == "paper":
+            v_hat = v / (1 - self.b2**t)
+            eta = self.alpha(t) / (np.sqrt(v_hat + self.eps_root) + self.eps)
+        else:
+            corrected = self.alpha(t) * np.sqrt(1 - self.b2**t) / (1 - self.b1**t)
+            eta = corrected / (np.sqrt(v + self.eps_root) + self.eps)
+        s = self.b3 * s + (1 - self.b3) * eta
+        rate = np.minimum(eta, s)
+        decay = self.alpha(t) * self.weight_decay * theta
+        return m, v, s, rate, -rate * self.m_hat(t, g, m) - decay
+
+    def m_hat(self, t, g, m):
+        if self.convention == "torch":
+            return m
+        if self.nesterov:
+            last = (1 - self.b1) * g / (1 - self.b1**t)
+            return self.b1 * m / (1 - self.b1 ** (t + 1)) + last
+        return m / (1 - self.b1**t)
+
+    def trajectory(self, gradients, theta=0.0):
+        """Runs all gradients, shape (steps, ...); returns stacked results.
+
+        ``scale`` is the natural size of an update, min(eta_t, s_t) times the average
+        of |g|: an update itself may cancel to nothing, this does not.
+        """
+        wide = np.complex128 if np.iscomplexobj(gradients) else np.float64
+        gradients = np.asarray(gradients, wide)
+        m = np.zeros_like(gradients[0])
+        v, s, size = (np.zeros_like(m, np.float64) for _ in range(3))
+        theta = m + theta
+        out = {"mu": [], "nu": [], "bound": [], "theta": [], "update": [], "scale": []}
+        for t, g in enumerate(gradients, start=1):
+            m, v, s, rate, update = self.step(t, g, m, v, s, theta)
+            theta = theta + update
+            size = self.b1 * size + (1 - self.b1) * np.abs(g)
+            scale = rate * self.m_hat(t, np.abs(g), size)
+            row = (m, v, s, theta, update, scale)
+            for values, value in zip(out.values(), row, strict=True):
+                values.append(value)
+        return {name: np.stack(values) for name, values in out.items()}

@@ -1,0 +1,188 @@
+"""Are the updates those of the paper, and of the authors' release?"""
+
+import itertools
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl.testing import parameterized
+from reference import AdaMod
+
+from optax_adamod import adamod, adamodw, scale_by_adamod
+
+# The rounding of an average adds up over its horizon, so a limit on the error is one
+# for a number of steps: in float32 up to 7e-7 after 200, 1.2e-5 after 10,000.
+STEPS = 200
+PEAK = 1e-2
+SCHEDULES = {
+    "constant": optax.constant_schedule(PEAK),
+    "cosine": optax.cosine_decay_schedule(PEAK, STEPS - 1),  # ends at 0
+    "warm_up": optax.linear_schedule(0.0, PEAK, STEPS // 3),  # starts at 0
+    "step_drop": optax.piecewise_constant_schedule(PEAK, {STEPS // 2: 0.1}),
+}
+GRID = [
+    dict(b3=b3, schedule=schedule, convention=convention)
+    for b3, schedule, convention in itertools.product(
+        (0.0, 0.5, 0.99, 0.9999), SCHEDULES, ("paper", "torch")
+    )
+] + [
+    dict(b1=b1, b2=b2, eps=eps, convention=convention)
+    for b1, b2, eps, convention in itertools.product(
+        (0.0, 0.95), (0.0, 0.98, 0.9999), (1e-12, 1e-4), ("paper", "torch")
+    )
+]
+GRID += [
+    dict(nesterov=True),
+    dict(nesterov=True, b1=0.3, schedule="cosine"),
+    dict(eps_root=1e-6),
+    dict(eps_root=1e-6, convention="torch"),
+    dict(b1=0.3, b2=0.3, b3=0.3),
+]
+
+
+def make_gradients(dtype, seed=0):
+    """Coordinates of many magnitudes, one that sleeps and one that wakes half-way."""
+    rng = np.random.default_rng(seed)
+    gradients = rng.normal(size=(STEPS, 9)) * 10.0 ** np.arange(-6, 3)
+    if np.issubdtype(dtype, np.complexfloating):
+        gradients = gradients * np.exp(2j * np.pi * rng.random(gradients.shape))
+    gradients[:, 6] += 5.0  # a mean larger than its noise
+    gradients[:, 5] = 0.0
+    gradients[: STEPS // 2, 7] = 0.0
+    return gradients.astype(dtype)
+
+
+def run(make, gradients, theta=0.0):
+    """Runs all steps in one scan; returns updates, parameters and averages."""
+    params = jnp.zeros_like(gradients[0]) + theta
+
+    def body(carry, g):
+        params, state = carry
+        updates, state = tx.update(g, state, params)
+        params = optax.apply_updates(params, updates)
+        averages = {k: optax.tree.get(state, k) for k in ("mu", "nu", "bound")}
+        return (params, state), {"update": updates, "theta": params, **averages}
+
+    tx = make()
+    return jax.jit(
+        lambda p, g: jax.lax.scan(body, (p, tx.init(p)), g)[1]
+    )(params, gradients)
+
+
+def assert_follows_reference(dtype, tolerance, schedule="constant", **settings):
+    real = np.finfo(dtype).dtype
+    # A table, so that the reference has the very learning rates of the library.
+    table = np.asarray([SCHEDULES[schedule](t) for t in range(STEPS)], real)
+    gradients = make_gradients(dtype)
+    expected = AdaMod(alpha=lambda t: float(table[t - 1]), **settings).trajectory(
+        gradients
+    )
+    rates = jnp.asarray(table)
+    actual = run(lambda: adamod(lambda count: rates[count], **settings), gradients)
+    actual = {name: np.asarray(x, expected[name].dtype) for name, x in actual.items()}
+    assert np.abs(expected["update"]).max() > 0
+    np.testing.assert_array_less(
+        np.abs(actual["update"] - expected["update"]),
+        tolerance * expected["scale"] + np.finfo(np.float64).tiny,
+    )
+    # An update holds v at half its power and the smaller of two rates.
+    for name in ("nu", "bound"):
+        chex.assert_trees_all_close(actual[name], expected[name], rtol=2 * tolerance)
+
+
+@pytest.mark.parametrize("settings", GRID, ids=str)
+def test_float64(settings, x64):
+    assert_follows_reference(np.float64, 1e-12, **settings)
+
+
+@pytest.mark.parametrize("settings", GRID, ids=str)
+def test_float32(settings):
+    assert_follows_reference(np.float32, 1e-6, **settings)
+
+
+@pytest.mark.parametrize("convention", ["paper", "torch"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_complex(schedule, convention, x64):
+    for dtype, tolerance in ((np.complex128, 1e-12), (np.complex64, 1e-6)):
+        assert_follows_reference(
+            dtype, tolerance, schedule=schedule, convention=convention
+        )
+
+
+@pytest.mark.parametrize("convention", ["paper", "torch"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_decoupled_decay(schedule, convention, x64):
+    settings = dict(b3=0.99, weight_decay=0.1, convention=convention)
+    gradients = make_gradients(np.float64)
+    table = np.asarray([SCHEDULES[schedule](t) for t in range(STEPS)], np.float64)
+    expected = AdaMod(alpha=lambda t: table[t - 1], **settings).trajectory(
+        gradients, theta=2.0
+    )
+    rates = jnp.asarray(table)
+    actual = run(
+        lambda: adamodw(lambda count: rates[count], **settings), gradients, theta=2.0
+    )
+    chex.assert_trees_all_close(
+        np.asarray(actual["theta"]), expected["theta"], rtol=0, atol=1e-13
+    )
+
+
+@pytest.mark.parametrize(
+    "name, settings, drop",
+    [
+        ("default", dict(), 1.0),
+        ("long_memory", dict(b1=0.8, b2=0.98, b3=0.9999, peak=1e-2), 1.0),
+        ("short_memory", dict(b3=0.5, eps=1e-4), 1.0),
+        ("adam", dict(b3=0.0), 1.0),
+        ("decay", dict(b3=0.9, weight_decay=5e-2, peak=1e-2), 1.0),
+        ("step_drop", dict(b3=0.9, peak=1e-2), 0.1),
+    ],
+)
+def test_authors_release(name, settings, drop, x64):
+    golden = np.load(Path(__file__).with_name("golden.npz"))
+    settings = {"weight_decay": 0.0, **settings}
+    peak = settings.pop("peak", 1e-3)
+    gradients = golden["gradients"]
+    schedule = optax.piecewise_constant_schedule(peak, {len(gradients) // 2: drop})
+    actual = run(
+        lambda: adamodw(schedule, **settings, convention="torch"),
+        gradients,
+        theta=golden["start"],
+    )
+    assert np.abs(golden[f"{name}/theta"] - golden["start"]).max() > 1e-3
+    for ours, theirs in {
+        "theta": "theta",
+        "mu": "exp_avg",
+        "nu": "exp_avg_sq",
+        "bound": "exp_avg_lr",
+    }.items():
+        chex.assert_trees_all_close(
+            np.asarray(actual[ours]), golden[f"{name}/{theirs}"], rtol=1e-11, atol=1e-17
+        )
+
+
+class VariantsTest(chex.TestCase):
+    """The same numbers with and without jit, on the host and on every device."""
+
+    @chex.all_variants
+    @parameterized.product(convention=("paper", "torch"))
+    def test_first_steps(self, convention):
+        tx = scale_by_adamod(b3=0.9, bound_learning_rate=0.5, convention=convention)
+        gradients = make_gradients(np.float32)[:5]
+        reference = AdaMod(alpha=lambda t: 0.5, b3=0.9, convention=convention)
+        expected = reference.trajectory(gradients)
+
+        state = tx.init(jnp.zeros(9))
+        update = self.variant(lambda g, state: tx.update(g, state))
+        for t, g in enumerate(gradients):
+            updates, state = update(g, state)
+            chex.assert_trees_all_close(
+                np.asarray(-0.5 * updates, np.float64), expected["update"][t], rtol=1e-5
+            )
+            chex.assert_trees_all_close(
+                np.asarray(state.bound, np.float64), expected["bound"][t], rtol=1e-6
+            )
