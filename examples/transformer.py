@@ -8,15 +8,25 @@ VOCABULARY = 256  # bytes
 
 
 class Block(nnx.Module):
-    """Attention and feed-forward, each normalised after its residual sum (Post-LN)."""
+    """Attention and feed-forward, each normalised after its residual sum (Post-LN).
 
-    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+    The layers that feed the sums start 1/sqrt(depth) as large as the others, so that
+    all blocks together add as much variance to the residual stream as one would.
+    """
+
+    def __init__(self, depth: int, width: int, heads: int, *, rngs: nnx.Rngs):
+        residual = nnx.initializers.variance_scaling(1 / depth, "fan_in", "normal")
         self.attention = nnx.MultiHeadAttention(
-            heads, width, decode=False, deterministic=True, rngs=rngs
+            heads,
+            width,
+            out_kernel_init=residual,
+            decode=False,
+            deterministic=True,
+            rngs=rngs,
         )
         self.attention_norm = nnx.LayerNorm(width, rngs=rngs)
         self.expand = nnx.Linear(width, 4 * width, rngs=rngs)
-        self.contract = nnx.Linear(4 * width, width, rngs=rngs)
+        self.contract = nnx.Linear(4 * width, width, kernel_init=residual, rngs=rngs)
         self.feed_forward_norm = nnx.LayerNorm(width, rngs=rngs)
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -32,7 +42,9 @@ class Transformer(nnx.Module):
     ):
         self.tokens = nnx.Embed(VOCABULARY, width, rngs=rngs)
         self.positions = nnx.Embed(context, width, rngs=rngs)
-        self.blocks = nnx.List([Block(width, heads, rngs=rngs) for _ in range(depth)])
+        self.blocks = nnx.List(
+            [Block(depth, width, heads, rngs=rngs) for _ in range(depth)]
+        )
         self.logits = nnx.Linear(width, VOCABULARY, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_adamod import _checks
@@ -20,7 +21,8 @@ from optax_adamod import _checks
 class ScaleByAdamodState(NamedTuple):
     """State for the AdaMod algorithm."""
 
-    count: jax.typing.ArrayLike  # shape=(), dtype=jnp.int32.
+    # shape=(), dtype=jnp.int32.
+    count: jax.typing.ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
     mu: optax.Updates  # like the parameters, in their dtype or mu_dtype.
     nu: optax.Updates  # like the parameters, real, float32 or wider, or nu_dtype.
     bound: optax.Updates  # like nu, or bound_dtype; in units of the learning rate.
@@ -146,7 +148,9 @@ def scale_by_adamod(
             count=jnp.zeros([], jnp.int32),
             mu=zeros(lambda p: _mu_dtype(p, mu_dtype)),
             nu=zeros(lambda p: _real_dtype(p) if nu_dtype is None else nu_dtype),
-            bound=zeros(lambda p: _real_dtype(p) if bound_dtype is None else bound_dtype),
+            bound=zeros(
+                lambda p: _real_dtype(p) if bound_dtype is None else bound_dtype
+            ),
         )
 
     def update_fn(updates, state, params=None):
@@ -165,29 +169,31 @@ def scale_by_adamod(
                 for x in (b1, b2, b3, eps, eps_root)
             )
             alpha = jnp.asarray(learning_rate, dtype)
-            # At α = 0 the emitted update only has to be finite: the chain scales it
-            # by α. The bound is then what it is, in any unit.
+            # At alpha = 0 the emitted update only has to be finite: the chain scales
+            # it by alpha.
             is_zero = jnp.abs(alpha) < jnp.finfo(dtype).tiny
             per_alpha = 1 / jnp.where(is_zero, 1, alpha)
 
-            debias1 = _debias(beta1, count.astype(dtype))
-            debias1_next = _debias(beta1, optax.safe_increment(count).astype(dtype))
-            debias2 = _debias(beta2, count.astype(dtype))
+            debias1 = _debias(beta1, jnp.asarray(count, dtype))
+            debias1_next = _debias(
+                beta1, jnp.asarray(optax.safe_increment(count), dtype)
+            )
+            debias2 = _debias(beta2, jnp.asarray(count, dtype))
             if paper:
                 numerator, nu_scale, q = 1.0, debias2, 1 / jnp.sqrt(debias2)
             else:
                 q = jnp.sqrt(debias2)
                 numerator, nu_scale = debias1 / q, 1.0
 
-            def leaf(g, mu, nu, bound):
-                g_dtype, g = g.dtype, g.astype(jnp.result_type(g, dtype))
-                m = _lerp(mu.astype(g.dtype), g, beta1)
-                v = _lerp(nu.astype(dtype), jnp.real(jnp.conj(g) * g), beta2)
+            def update_leaf(g, mu, nu, bound):
+                wide = g.astype(jnp.result_type(g, dtype))
+                m = _lerp(mu.astype(wide.dtype), wide, beta1)
+                v = _lerp(nu.astype(dtype), jnp.real(jnp.conj(wide) * wide), beta2)
                 eta = _rate(v, alpha * numerator, nu_scale, epsilon, epsilon_root)
                 s = _lerp(bound.astype(dtype), eta, beta3)
-                # eta / alpha once more, scaled by q so that XLA does not see that it
-                # is: on CPU it would write a rate with two uses to memory, which
-                # takes longer than the rest of the update.
+                # The same rate per unit of alpha, scaled by q so that XLA cannot tell:
+                # on CPU it writes a root with two uses to memory, which takes longer
+                # than the rest of the update.
                 rate = _rate(
                     v,
                     q * numerator,
@@ -195,21 +201,21 @@ def scale_by_adamod(
                     q * epsilon,
                     q**2 * epsilon_root,
                 )
-                rate = jnp.minimum(rate, s * per_alpha)
                 if nesterov:
-                    m_hat = beta1 * debias1_next * m + (1 - beta1) * debias1 * g
+                    m_hat = beta1 * debias1_next * m + (1 - beta1) * debias1 * wide
                 elif paper:
                     m_hat = debias1 * m
                 else:
                     m_hat = m
+                update = jnp.minimum(rate, s * per_alpha) * m_hat
                 return (
-                    (rate * m_hat).astype(g_dtype),
+                    update.astype(g.dtype),
                     m.astype(mu.dtype),
                     v.astype(nu.dtype),
                     s.astype(bound.dtype),
                 )
 
-            return leaf
+            return update_leaf
 
         gradients, treedef = jax.tree_util.tree_flatten_with_path(
             updates, is_leaf=lambda x: x is None
@@ -221,6 +227,7 @@ def scale_by_adamod(
             if g is None:
                 leaves.append((None, mu, nu, bound))
             else:
+                g = jnp.asarray(g)
                 _checks.same_shape(path, g, mu)
                 leaves.append(rule(_real_dtype(g, nu, bound))(g, mu, nu, bound))
         updates, mu, nu, bound = (
@@ -505,7 +512,7 @@ def adamodw(
     )
 
 
-def _lerp(average, x, b):
+def _lerp(average: jax.Array, x: jax.Array, b: float | jax.Array) -> jax.Array:
     """``b * average + (1 - b) * x``, in the form that keeps the smaller weight."""
     near = average + (1 - b) * (x - average)
     far = b * average + (1 - b) * x
@@ -514,8 +521,8 @@ def _lerp(average, x, b):
     return jnp.where(b >= 0.5, near, far)
 
 
-def _debias(b, t):
-    """``1 / (1 - b**t)``, exact for b near 1, where ``b**t`` rounds."""
+def _debias(b: float | jax.Array, t: jax.Array) -> jax.Array:
+    """``1 / (1 - b**t)``, without the cancellation where ``b**t`` is near 1."""
     if isinstance(b, float):
         log_b = math.log(b) if b > 0 else -math.inf
     else:
@@ -523,17 +530,23 @@ def _debias(b, t):
     return -1 / jnp.expm1(t * log_b)
 
 
-def _rate(nu, numerator, nu_scale, eps, eps_root):
-    return numerator / (jnp.sqrt(nu_scale * nu + eps_root) + eps)
+def _rate(
+    nu: jax.Array,
+    numerator: jax.typing.ArrayLike,
+    nu_scale: jax.typing.ArrayLike,
+    eps: jax.typing.ArrayLike,
+    eps_root: jax.typing.ArrayLike,
+) -> jax.Array:
+    return jnp.divide(numerator, jnp.sqrt(nu_scale * nu + eps_root) + eps)
 
 
-def _real_dtype(*values):
+def _real_dtype(*values: Any) -> np.dtype:
     """The real dtype of the arithmetic on ``values``: theirs, in at least float32."""
     dtypes = (jnp.finfo(jnp.result_type(x)).dtype for x in values)
     return jnp.result_type(jnp.float32, *dtypes)
 
 
-def _mu_dtype(param, mu_dtype):
+def _mu_dtype(param: Any, mu_dtype: np.dtype | None) -> np.dtype:
     dtype = jnp.result_type(param)
     if mu_dtype is None:
         return dtype

@@ -1,7 +1,7 @@
 """What the optimizer refuses, and how it says so."""
 
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -11,30 +11,30 @@ _FLOATS = ("bfloat16", "float16", "float32", "float64")
 _COMPLEX = ("complex64", "complex128")
 
 
-def decay_rate(name: str, value: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
-    """Returns ``value`` as a Python float where it is a number, else unchanged."""
+def decay_rate(name: str, value: jax.typing.ArrayLike) -> float | jax.Array:
+    """Returns ``value`` as a Python float if it is a number, else as an array."""
     if _is_number(value):
         if not 0.0 <= value < 1.0:
             raise ValueError(f"{name} must be in [0, 1), got {value!r}.")
         return float(value)
-    dtype = jnp.result_type(value)
-    if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
+    value = jnp.asarray(value)
+    if jnp.issubdtype(value.dtype, jnp.floating) and jnp.finfo(value.dtype).bits < 32:
         raise TypeError(
-            f"{name} was given as a {dtype} array, which rounds decay rates near 1 to "
-            f"1 (in bfloat16 0.999 is 1.0); give a Python float or an array of at "
-            "least float32. Under optax.inject_hyperparams with half-precision "
+            f"{name} was given as an array of {value.dtype}, in which decay rates near "
+            "1 round to 1 (0.999 does in bfloat16); give a Python float, or an array "
+            "of at least float32. Under optax.inject_hyperparams with half-precision "
             "parameters, pass hyperparam_dtype=jnp.float32."
         )
     return value
 
 
-def nonnegative(name: str, value: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
-    """Returns ``value`` as a Python float where it is a number, else unchanged."""
+def nonnegative(name: str, value: jax.typing.ArrayLike) -> float | jax.Array:
+    """Returns ``value`` as a Python float if it is a number, else as an array."""
     if _is_number(value):
         if not 0.0 <= value < math.inf:
             raise ValueError(f"{name} must be in [0, inf), got {value!r}.")
         return float(value)
-    return value
+    return jnp.asarray(value)
 
 
 def choice(name: str, value: str, accepted: tuple[str, ...]) -> str:
@@ -46,13 +46,13 @@ def choice(name: str, value: str, accepted: tuple[str, ...]) -> str:
     return value
 
 
-def mu_dtype(dtype: Any) -> jnp.dtype | None:
+def mu_dtype(dtype: Any) -> np.dtype | None:
     """Returns the real dtype that ``mu_dtype`` asks for; None asks for nothing."""
     dtype = _dtype("mu_dtype", dtype, (*_FLOATS, *_COMPLEX), "")
     return None if dtype is None else jnp.finfo(dtype).dtype
 
 
-def rate_dtype(name: str, dtype: Any) -> jnp.dtype | None:
+def rate_dtype(name: str, dtype: Any) -> np.dtype | None:
     """Returns the dtype of ``nu`` or ``bound``; None asks for the default."""
     return _dtype(
         name,
@@ -76,8 +76,8 @@ def parameters(params: Any) -> None:
             )
 
 
-def same_structure(updates: jax.tree_util.PyTreeDef, state: Any) -> None:
-    """Refuses updates from another tree than the state was initialised for."""
+def same_structure(updates: Any, state: Any) -> None:
+    """Refuses updates, given as a treedef, of another structure than the state's."""
     try:
         updates.flatten_up_to(state)
     except ValueError as error:
@@ -97,13 +97,13 @@ def same_shape(path: Any, update: jax.Array, average: jax.Array) -> None:
         )
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating))
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float | np.integer | np.floating)
 
 
 def _dtype(
     name: str, dtype: Any, accepted: tuple[str, ...], why: str
-) -> jnp.dtype | None:
+) -> np.dtype | None:
     if dtype is None:
         return None
     try:

@@ -4,6 +4,8 @@ import hypothesis
 import jax
 import pytest
 
+collect_ignore = ["golden.py"]  # makes golden.npz, and alone needs PyTorch
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

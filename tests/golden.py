@@ -1,6 +1,6 @@
 """Makes golden.npz: trajectories of the authors' PyTorch release.
 
-    pip install adamod==0.0.3 torch==2.13.0 numpy && python tests/golden.py
+pip install adamod==0.0.3 torch==2.13.0 numpy && python tests/golden.py
 """
 
 import warnings

@@ -12,7 +12,10 @@ import pytest
 
 from optax_adamod import adamod, adamodw, scale_by_adamod
 
-PARAMS = {"w": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4), "b": np.ones(4, np.float32)}
+PARAMS = {
+    "w": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4),
+    "b": np.ones(4, np.float32),
+}
 
 # Optax forms 1 - b**t in the default precision: equal to 1e-10 in 64-bit mode only.
 WIDE = jax.tree.map(lambda p: p.astype(np.float64), PARAMS)
@@ -51,7 +54,9 @@ def test_without_memory_it_is_adam(learning_rate, settings, x64):
     )
 
 
-@pytest.mark.parametrize("mask", [None, {"w": True, "b": False}, lambda p: {"w": False, "b": True}])
+@pytest.mark.parametrize(
+    "mask", [None, {"w": True, "b": False}, lambda p: {"w": False, "b": True}]
+)
 def test_without_memory_it_is_adamw(mask, x64):
     chex.assert_trees_all_close(
         final(adamodw(SCHEDULE, b3=0.0, weight_decay=0.3, mask=mask), WIDE),
@@ -98,7 +103,9 @@ def test_constant_learning_rate_cancels():
 
 
 def test_schedule_after_the_bound_is_another_algorithm():
-    outside = optax.chain(scale_by_adamod(b3=0.9), optax.scale_by_learning_rate(SCHEDULE))
+    outside = optax.chain(
+        scale_by_adamod(b3=0.9), optax.scale_by_learning_rate(SCHEDULE)
+    )
     inside = final(adamod(SCHEDULE, b3=0.9))
     assert np.abs(final(outside)["w"] - inside["w"]).max() > 1e-2
 
@@ -126,7 +133,10 @@ def test_count_saturates():
 
 def test_signatures_agree_with_each_other_and_with_optax():
     def parameters(f):
-        return {k: v.replace(annotation=None) for k, v in inspect.signature(f).parameters.items()}
+        return {
+            k: v.replace(annotation=None)
+            for k, v in inspect.signature(f).parameters.items()
+        }
 
     rule, plain, decayed = map(parameters, (scale_by_adamod, adamod, adamodw))
     assert {**rule, **plain} == {**rule, "learning_rate": plain["learning_rate"]}
@@ -155,7 +165,11 @@ def test_shared_arguments_are_described_in_the_same_words():
     def entries(f):
         doc = inspect.getdoc(f) or ""
         (section,) = re.findall(r"^Args:\n(.*?)\n\n", doc, re.DOTALL | re.MULTILINE)
-        return dict(re.findall(r"^  (\w+): (.*?)(?=^  \w|\Z)", section + "\n", re.DOTALL | re.MULTILINE))
+        return dict(
+            re.findall(
+                r"^  (\w+): (.*?)(?=^  \w|\Z)", section + "\n", re.DOTALL | re.MULTILINE
+            )
+        )
 
     rule, plain, decayed = map(entries, (scale_by_adamod, adamod, adamodw))
     assert plain.items() <= decayed.items()

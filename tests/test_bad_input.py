@@ -19,9 +19,13 @@ FACTORIES = pytest.mark.parametrize(
 
 @FACTORIES
 @pytest.mark.parametrize("name", ["b1", "b2", "b3"])
-@pytest.mark.parametrize("value", [-0.1, 1.0, 1, 2.0, math.nan, math.inf, np.float32(1)])
+@pytest.mark.parametrize(
+    "value", [-0.1, 1.0, 1, 2.0, math.nan, math.inf, np.float32(1)]
+)
 def test_decay_rates(factory, name, value):
-    with pytest.raises(ValueError, match=rf"^{name} must be in \[0, 1\), got .*{value}"):
+    with pytest.raises(
+        ValueError, match=rf"^{name} must be in \[0, 1\), got .*{value}"
+    ):
         factory(**{name: value})
 
 
@@ -29,30 +33,43 @@ def test_decay_rates(factory, name, value):
 @pytest.mark.parametrize("name", ["eps", "eps_root"])
 @pytest.mark.parametrize("value", [-1e-8, math.nan, math.inf])
 def test_epsilons(factory, name, value):
-    with pytest.raises(ValueError, match=rf"^{name} must be in \[0, inf\), got {value}"):
+    with pytest.raises(
+        ValueError, match=rf"^{name} must be in \[0, inf\), got {value}"
+    ):
         factory(**{name: value})
 
 
 @FACTORIES
 @pytest.mark.parametrize("name", ["nu_dtype", "bound_dtype"])
-@pytest.mark.parametrize("value", ["float16", "complex64", "int32", jnp.float16, "floaty"])
+@pytest.mark.parametrize(
+    "value", ["float16", "complex64", "int32", jnp.float16, "floaty"]
+)
 def test_dtypes_of_rates(factory, name, value):
-    with pytest.raises(TypeError, match=rf"^{name} must be .*float32.*got {re.escape(repr(value))}.*1e8"):
+    with pytest.raises(
+        TypeError,
+        match=rf"^{name} must be .*float32.*got {re.escape(repr(value))}.*1e8",
+    ):
         factory(**{name: value})
 
 
 @FACTORIES
 @pytest.mark.parametrize("value", ["int8", bool, "float8_e4m3fn", "floaty"])
 def test_dtype_of_mu(factory, value):
-    with pytest.raises(TypeError, match=rf"^mu_dtype must be .*bfloat16.*got {re.escape(repr(value))}"):
+    with pytest.raises(
+        TypeError, match=rf"^mu_dtype must be .*bfloat16.*got {re.escape(repr(value))}"
+    ):
         factory(mu_dtype=value)
 
 
 @FACTORIES
 def test_conventions(factory):
-    with pytest.raises(ValueError, match="convention must be one of 'paper', 'torch', got 'tf'"):
+    with pytest.raises(
+        ValueError, match="convention must be one of 'paper', 'torch', got 'tf'"
+    ):
         factory(convention="tf")
-    with pytest.raises(ValueError, match="nesterov=True .*'paper'.* got convention='torch'"):
+    with pytest.raises(
+        ValueError, match=r"nesterov=True .*'paper'.* got convention='torch'"
+    ):
         factory(convention="torch", nesterov=True)
 
 
@@ -70,7 +87,11 @@ def test_parameters_without_moments(factory, leaf):
 def test_another_structure(factory):
     tx = factory()
     state = tx.init({"a": jnp.ones(2), "b": jnp.ones(2)})
-    for updates in ({"a": jnp.ones(2)}, {"a": jnp.ones(2), "c": jnp.ones(2)}, [jnp.ones(2)]):
+    for updates in (
+        {"a": jnp.ones(2)},
+        {"a": jnp.ones(2), "c": jnp.ones(2)},
+        [jnp.ones(2)],
+    ):
         with pytest.raises(ValueError, match="differ in structure") as error:
             tx.update(updates, state, updates)
         for tree in (updates, {"a": jnp.ones(2), "b": jnp.ones(2)}):

@@ -10,9 +10,9 @@ import numpy as np
 import optax
 import pytest
 from absl.testing import parameterized
-from reference import AdaMod
 
 from optax_adamod import adamod, adamodw, scale_by_adamod
+from reference import AdaMod
 
 # The rounding of an average adds up over its horizon, so a limit on the error is one
 # for a number of steps: in float32 up to 7e-7 after 200, 1.2e-5 after 10,000.
@@ -68,9 +68,9 @@ def run(make, gradients, theta=0.0):
         return (params, state), {"update": updates, "theta": params, **averages}
 
     tx = make()
-    return jax.jit(
-        lambda p, g: jax.lax.scan(body, (p, tx.init(p)), g)[1]
-    )(params, gradients)
+    return jax.jit(lambda p, g: jax.lax.scan(body, (p, tx.init(p)), g)[1])(
+        params, gradients
+    )
 
 
 def assert_follows_reference(dtype, tolerance, schedule="constant", **settings):
@@ -132,7 +132,7 @@ def test_decoupled_decay(schedule, convention, x64):
 
 
 @pytest.mark.parametrize(
-    "name, settings, drop",
+    ("name", "settings", "drop"),
     [
         ("default", dict(), 1.0),
         ("long_memory", dict(b1=0.8, b2=0.98, b3=0.9999, peak=1e-2), 1.0),

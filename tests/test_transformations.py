@@ -98,7 +98,9 @@ def test_donated_buffers_are_reused():
 
     state = tx.init(params)
     gradients = jax.tree.map(jnp.ones_like, params)
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, gradients).compile()
+    compiled = (
+        jax.jit(step, donate_argnums=(0, 1)).lower(params, state, gradients).compile()
+    )
     donated = sum(x.nbytes for x in jax.tree.leaves((params, state)))
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes == donated

@@ -45,9 +45,9 @@ def test_dtypes_are_kept(factory, dtype, mu_dtype, x64):
         return (optax.apply_updates(params, updates), state), None
 
     flags = jnp.arange(6) % 2 == 0
-    (after, new_state), _ = jax.jit(
-        lambda carry: jax.lax.scan(step, carry, flags)
-    )((params, state))
+    (after, new_state), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, flags))(
+        (params, state)
+    )
     chex.assert_trees_all_equal_shapes_and_dtypes((after, new_state), (params, state))
     chex.assert_tree_all_finite((after, new_state))
     assert optax.tree.get(new_state, "count") == 3

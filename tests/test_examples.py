@@ -1,0 +1,96 @@
+"""Do the examples run, and do they refuse nonsense?"""
+
+import csv
+import dataclasses
+import math
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import warmup_free_transformer as example
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def test_quickstart_classifies_digits(capsys):
+    runpy.run_path(str(EXAMPLES / "quickstart.py"))
+    (accuracy,) = re.findall(r"test accuracy ([\d.]+)%", capsys.readouterr().out)
+    assert float(accuracy) > 95
+
+
+def test_transformer_writes_losses_and_figure(tmp_path, capsys):
+    options = example.Options(
+        steps=24, depth=1, width=16, seeds=2, output=tmp_path / "new"
+    )
+    runs = example.main(options)
+    assert [name.split(",")[0] for name in runs] == ["Adam", "Adam", "RAdam", "AdaMod"]
+    for losses in runs.values():
+        assert np.shape(losses) == (2, 24)
+        # An untrained model is at ln 256, and learns which bytes are common first.
+        assert np.all(np.abs(np.asarray(losses)[:, 0] - math.log(256)) < 1)
+        assert np.all(np.asarray(losses)[:, -1] < np.asarray(losses)[:, 0] - 0.1)
+    printed = capsys.readouterr().out
+    for name, losses in runs.items():
+        mean = np.mean(np.asarray(losses)[:, -example.FINAL :])
+        assert f"| {name} | {mean:.2f} |" in printed
+    figure, table = tmp_path / "new" / "losses.png", tmp_path / "new" / "losses.csv"
+    assert str(figure) in printed
+    assert str(table) in printed
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4 * 2 * 24
+    assert float(rows[-1]["loss"]) == runs[rows[-1]["optimizer"]][1][-1]
+
+
+def test_runs_start_alike_and_differ_by_seed(tmp_path):
+    options = example.Options(steps=20, depth=1, width=8, output=tmp_path)
+    text = example.load_text(options.text)
+    first = {
+        (name, seed): example.train(name, tx, text, seed, options)[0]
+        for name, tx in list(example.optimizers(options).items())[:2]
+        for seed in (0, 1)
+    }
+    assert len(set(first.values())) == 2
+
+
+@pytest.mark.parametrize(
+    ("nonsense", "message"),
+    [
+        ({"depth": 0}, "--depth must be at least 1, got 0"),
+        ({"steps": 5}, "--steps must be at least 20"),
+        ({"seeds": -1}, "--seeds must be at least 1, got -1"),
+        ({"width": 30}, "--width must be a multiple of 4"),
+        ({"learning_rate": 0.0}, "--learning-rate must be positive, got 0.0"),
+        ({"b3": 1.0}, r"--b3 must be in \[0, 1\), got 1.0"),
+    ],
+)
+def test_nonsense_is_refused(nonsense, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(example.Options(), **nonsense)
+
+
+def test_too_short_a_text_is_refused(tmp_path):
+    (tmp_path / "short.py").write_text("x = 1\n")
+    with pytest.raises(
+        ValueError, match=f"{re.escape(str(tmp_path))} hold 6 bytes; one batch"
+    ):
+        example.load_text(tmp_path)
+
+
+def test_command_line_says_what_is_wrong():
+    script = EXAMPLES / "warmup_free_transformer.py"
+    result = subprocess.run(
+        [sys.executable, script, "--depth", "0"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "--depth must be at least 1, got 0." in result.stderr
+    assert "Traceback" not in result.stderr
