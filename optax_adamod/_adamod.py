@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_adamod import _checks
+from optax_adamod import _checks, _rounding
 
 
 class ScaleByAdamodState(NamedTuple):
@@ -185,12 +185,23 @@ def scale_by_adamod(
                 q = jnp.sqrt(debias2)
                 numerator, nu_scale = debias1 / q, 1.0
 
-            def update_leaf(g, mu, nu, bound):
+            def update_leaf(index, g, mu, nu, bound):
                 wide = g.astype(jnp.result_type(g, dtype))
+                bits = None, None, None
+                if jnp.bfloat16 in (mu.dtype, nu.dtype, bound.dtype):
+                    bits = _rounding.random_bits(g.shape, count, index)
+
                 m = _lerp(mu.astype(wide.dtype), wide, beta1)
+                mu = _rounding.store(m, mu.dtype, bits[0])
                 v = _lerp(nu.astype(dtype), jnp.real(jnp.conj(wide) * wide), beta2)
+                nu = _rounding.store(v, nu.dtype, bits[1])
+                # From here on the averages are as stored, so that the state alone
+                # says which rates the update used.
+                m, v = mu.astype(wide.dtype), nu.astype(dtype)
                 eta = _rate(v, alpha * numerator, nu_scale, epsilon, epsilon_root)
                 s = _lerp(bound.astype(dtype), eta, beta3)
+                bound = _rounding.store(s, bound.dtype, bits[2])
+                s = bound.astype(dtype)
                 # The same rate per unit of alpha, scaled by q so that XLA cannot tell:
                 # on CPU it writes a root with two uses to memory, which takes longer
                 # than the rest of the update.
@@ -208,12 +219,7 @@ def scale_by_adamod(
                 else:
                     m_hat = m
                 update = jnp.minimum(rate, s * per_alpha) * m_hat
-                return (
-                    update.astype(g.dtype),
-                    m.astype(mu.dtype),
-                    v.astype(nu.dtype),
-                    s.astype(bound.dtype),
-                )
+                return update.astype(g.dtype), mu, nu, bound
 
             return update_leaf
 
@@ -223,13 +229,17 @@ def scale_by_adamod(
         _checks.same_structure(treedef, state.mu)
         averages = zip(*map(treedef.flatten_up_to, state[1:]), strict=True)
         leaves = []
-        for (path, g), (mu, nu, bound) in zip(gradients, averages, strict=True):
+        for index, ((path, g), leaf) in enumerate(
+            zip(gradients, averages, strict=True)
+        ):
             if g is None:
-                leaves.append((None, mu, nu, bound))
+                leaves.append((None, *leaf))
             else:
                 g = jnp.asarray(g)
+                mu, nu, bound = map(jnp.asarray, leaf)
                 _checks.same_shape(path, g, mu)
-                leaves.append(rule(_real_dtype(g, nu, bound))(g, mu, nu, bound))
+                update_leaf = rule(_real_dtype(g, nu, bound))
+                leaves.append(update_leaf(index, g, mu, nu, bound))
         updates, mu, nu, bound = (
             treedef.unflatten([leaf[i] for leaf in leaves]) for i in range(4)
         )

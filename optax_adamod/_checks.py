@@ -57,7 +57,7 @@ def rate_dtype(name: str, dtype: Any) -> np.dtype | None:
     return _dtype(
         name,
         dtype,
-        ("float32", "float64"),
+        ("bfloat16", "float32", "float64"),
         "The averages of squared gradients and of learning rates are real, and span "
         "more magnitudes than float16 holds (1/eps is 1e8).",
     )

@@ -1,0 +1,87 @@
+"""Is what README says true of the code, and does what it shows run?"""
+
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import optax_adamod
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def commands():
+    return [line for block in blocks("sh") for line in block.splitlines()]
+
+
+def test_the_two_commands_stand_in_readme():
+    assert (
+        "pip install -e '.[examples]' && python examples/warmup_free_transformer.py"
+        in commands()
+    )
+    assert "pip install -e '.[test]' && pytest" in commands()
+
+
+def test_extras_and_scripts_in_readme_exist():
+    extras = re.findall(r"\.\[(\w+)\]", " ".join(commands()))
+    assert set(extras) <= set(PROJECT["optional-dependencies"])
+    scripts = re.findall(r"python (\S+\.py)", " ".join(commands()))
+    assert scripts
+    for script in scripts:
+        assert (ROOT / script).is_file()
+
+
+def test_example_command_runs(tmp_path):
+    (command,) = (c for c in commands() if c.startswith("pip install -e '.[examples]'"))
+    _, script = command.split(" && ")
+    small = f"--steps 20 --depth 1 --width 8 --output {tmp_path}"
+    arguments = shlex.split(f"{script} {small}")
+    assert arguments[0] == "python"
+    result = subprocess.run(
+        [sys.executable, *arguments[1:]],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert str(tmp_path / "losses.png") in result.stdout
+    assert {p.name for p in tmp_path.iterdir()} == {"losses.png", "losses.csv"}
+
+
+def test_readme_code_runs():
+    (code,) = blocks("python")
+    namespace = {}
+    exec(compile(code, "README.md", "exec"), namespace)
+    assert namespace["loss"](namespace["params"]) < 1e-2
+
+
+def test_readme_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_public_names_are_in_readme():
+    public = [name for name in vars(optax_adamod) if not name.startswith("_")]
+    assert set(public) == {"ScaleByAdamodState", "adamod", "adamodw", "scale_by_adamod"}
+    for name in ("adamod", "adamodw", "scale_by_adamod"):
+        assert f"`{name}`" in README or f"{name}(" in README
+
+
+def test_version_is_in_changelog():
+    assert optax_adamod.__version__ == PROJECT["version"]
+    assert f"## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "optax_adamod").glob("*.py")), ids=str)
+def test_public_names_of_jax_and_optax_alone(path):
+    assert not re.search(r"\b(jax|optax)\._src\b", path.read_text())
+    imports = re.findall(r"^(?:import|from) (\w+)", path.read_text(), re.MULTILINE)
+    allowed = {"jax", "optax", "numpy", "optax_adamod"} | sys.stdlib_module_names
+    assert set(imports) <= allowed
