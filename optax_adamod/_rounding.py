@@ -54,33 +54,34 @@ def stochastic_round(x: jax.Array, bits: jax.Array) -> jax.Array:
     """
     word = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     sign, magnitude = word & _u32(0x80000000), word & _u32(0x7FFFFFFF)
-    infinity, largest = _u32(0x7F800000), _u32(0x7F7FFFFF)
-    rounded = jnp.minimum(magnitude + bits, largest)
-    # A NaN's quiet bit keeps its upper half from being that of infinity.
-    nan = magnitude | _u32(0x00400000)
-    special = jnp.where(magnitude == infinity, magnitude, nan)
-    upper = (sign | jnp.where(magnitude < infinity, rounded, special)) >> 16
-    return jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
+    largest, infinity = _u32(0x7F7FFFFF), _u32(0x7F800000)
+    upper = (sign | jnp.minimum(magnitude + bits, largest)) >> 16
+    rounded = jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
+    # The choice comes last, for of all these operations it alone keeps XLA on CPU
+    # from repeating the rounding where the result is read, and from copying for it.
+    return jnp.where(magnitude < infinity, rounded, x.astype(jnp.bfloat16))
 
 
 def _row_and_column(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Indices over all dimensions but the last, and over the last."""
+    """Two 32-bit indices that together name a coordinate of an array."""
+    *rows, columns = shape or (1,)
+    if max(math.prod(rows), columns) <= 2**32:
+        row = _linear_index(shape, range(len(rows)), jnp.uint32)
+        return row, _linear_index(shape, range(len(rows), len(shape)), jnp.uint32)
+    with jax.enable_x64(True):
+        index = _linear_index(shape, range(len(shape)), jnp.uint64)
+        return (index >> 32).astype(jnp.uint32), index.astype(jnp.uint32)
 
-    def iota(dimension, dtype=jnp.uint32):
-        return jax.lax.broadcasted_iota(dtype, shape, dimension)
 
-    row = jnp.zeros(shape, jnp.uint32)
-    if not shape:
-        return row, row
-    *rows, last = range(len(shape))
-    for dimension in rows:
-        row += iota(dimension) * _u32(math.prod(shape[dimension + 1 : -1]))
-    if shape[-1] <= 2**32:
-        return row, iota(last)
-    with jax.enable_x64(True):  # the upper half of a long index counts as a row
-        index = iota(last, jnp.uint64)
-        upper, lower = (index >> 32).astype(jnp.uint32), index.astype(jnp.uint32)
-    return row * _u32(-(-shape[-1] // 2**32)) + upper, lower
+def _linear_index(
+    shape: tuple[int, ...], dimensions: range, dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """Row-major index over some successive dimensions."""
+    index = jnp.zeros(shape, dtype)
+    for d in dimensions:
+        stride = math.prod(shape[d + 1 : dimensions.stop])
+        index += jax.lax.broadcasted_iota(dtype, shape, d) * jnp.asarray(stride, dtype)
+    return index
 
 
 def _mix(x: jax.Array) -> jax.Array:

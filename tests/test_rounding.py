@@ -1,0 +1,263 @@
+"""Is stochastic rounding unbiased, independent, and the same everywhere?"""
+
+import itertools
+from unittest import mock
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from optax_adamod import _rounding, adamod, scale_by_adamod
+
+BFLOAT16 = {f"{name}_dtype": "bfloat16" for name in ("mu", "nu", "bound")}
+
+
+def float32(words):
+    return jax.lax.bitcast_convert_type(jnp.asarray(words, jnp.uint32), jnp.float32)
+
+
+def all_bits():
+    """Every one of the 2**16 values that 16 random bits can take."""
+    return jnp.arange(2**16, dtype=jnp.uint32)
+
+
+@pytest.mark.parametrize("upper", [0x3F80, 0xC2F7, 0x0001, 0x8000, 0x7F7E])
+def test_probability_of_rounding_up_is_exact(upper):
+    """Of the 2**16 random words as many round up as the lower half says."""
+    for lower in (0, 1, 0x1234, 0x8000, 0xFFFF):
+        x = jnp.broadcast_to(float32(upper << 16 | lower), (2**16,))
+        rounded = _rounding.stochastic_round(x, all_bits())
+        words = np.asarray(jax.lax.bitcast_convert_type(rounded, jnp.uint16), np.int64)
+        assert set(words) <= {upper, upper + 1}
+        assert np.sum(words - upper) == lower
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["mu", "nu", "bound"])
+def test_mean_error_is_zero(which):
+    """1,000 values between two neighbours, 32,768 coordinates each."""
+    values, samples = 1000, 32_768
+    lower = np.linspace(0, 2**16, values, endpoint=False).astype(np.uint32)
+    x = jnp.broadcast_to(float32(0x3F800000 | lower)[:, None], (values, samples))
+    bits = _rounding.random_bits((values, samples), 7, 0)[which]
+    rounded = np.asarray(_rounding.stochastic_round(x, bits), np.float64)
+    error = (rounded - np.asarray(x, np.float64)).mean(axis=1)
+    p = lower / 2**16
+    standard_error = 2.0**-7 * np.sqrt(p * (1 - p) / samples)
+    assert np.all(np.abs(error) <= 4 * standard_error)
+
+
+def test_bits_are_independent():
+    """Of neighbours, steps, leaves and accumulators: |correlation| < 4 / sqrt(n)."""
+    shape = (512, 512)
+    fields = {
+        (which, count, leaf): np.asarray(words, np.float64)
+        for count, leaf in itertools.product((1, 2, 3), (0, 1, 2))
+        for which, words in enumerate(_rounding.random_bits(shape, count, leaf))
+    }
+    limit = 4 / np.sqrt(np.prod(shape))
+
+    def assert_unrelated(a, b):
+        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < limit
+
+    for a, b in itertools.combinations(fields.values(), 2):
+        assert_unrelated(a, b)
+    for field in fields.values():
+        assert abs(field.mean() / (2**16 - 1) - 0.5) < 4 * np.sqrt(1 / 12) / 512
+        assert_unrelated(field[1:], field[:-1])
+        assert_unrelated(field[:, 1:], field[:, :-1])
+        assert_unrelated(field[1:, 1:], field[:-1, :-1])
+        for bit in range(16):
+            assert abs(np.mean(field.astype(int) >> bit & 1) - 0.5) < 2 / 512
+
+
+def test_special_values_keep_their_meaning():
+    largest = float(jnp.finfo(jnp.bfloat16).max)
+    exact = [0.0, -0.0, 1.0, -2.5, largest, -largest, np.inf, -np.inf]
+    for x in exact:
+        rounded = _rounding.stochastic_round(jnp.full(2**16, x), all_bits())
+        words = jax.lax.bitcast_convert_type(rounded, jnp.uint16)
+        expected = jax.lax.bitcast_convert_type(jnp.bfloat16(x), jnp.uint16)
+        assert np.all(words == expected)
+    for word in (0x7F800001, 0x7FFFFFFF, 0xFF800001, 0xFFFFFFFF):
+        x = jnp.broadcast_to(float32(word), (2**16,))
+        assert np.all(jnp.isnan(_rounding.stochastic_round(x, all_bits())))
+    x = jnp.full(2**16, jnp.finfo(jnp.float32).max)
+    for sign in (1, -1):
+        rounded = _rounding.stochastic_round(sign * x, all_bits())
+        assert np.all(rounded == jnp.bfloat16(sign * largest))
+
+
+def test_bits_do_not_depend_on_how_they_are_computed():
+    shape = (24, 40)
+    eager = _rounding.random_bits(shape, 5, 2)
+    jitted = jax.jit(lambda count: _rounding.random_bits(shape, count, 2))(5)
+    chex.assert_trees_all_equal(jitted, eager)
+    assert jax.device_count() == 8 or jax.default_backend() != "cpu"
+    mesh = jax.make_mesh((jax.device_count(),), ("x",), axis_types=(AxisType.Auto,))
+    sharded = jax.jit(
+        lambda count: _rounding.random_bits(shape, count, 2),
+        out_shardings=NamedSharding(mesh, P("x")),
+    )(5)
+    chex.assert_trees_all_equal(sharded, eager)
+
+
+@pytest.mark.parametrize(
+    ("shape", "windows"),
+    [
+        ((2**17, 2**17), [(0, 0), (2**15, 0), (2**16, 1), (0, 2**16), (2**17 - 8, 0)]),
+        ((2**34, 4), [(0, 0), (2**32 - 8, 0), (2**33, 0), (2**34 - 8, 0)]),
+        ((2**34,), [(0,), (2**32 - 8,), (2**32,), (2**33,), (2**34 - 64,)]),
+        ((3, 2**33), [(0, 0), (1, 0), (2, 0), (0, 2**32), (1, 2**32), (2, 2**32)]),
+    ],
+    ids=str,
+)
+def test_bits_of_huge_leaves_do_not_repeat(shape, windows):
+    def window(start):
+        sizes = [min(8 if len(shape) == 2 else 64, n) for n in shape]
+        stops = [min(a + b, n) for a, b, n in zip(start, sizes, shape, strict=True)]
+        cut = tuple(map(slice, start, stops))
+        # XLA computes the window alone: the whole would be gigabytes.
+        compiled = (
+            jax.jit(lambda: _rounding.random_bits(shape, 1, 0)[2][cut])
+            .lower()
+            .compile()
+        )
+        assert compiled.memory_analysis().temp_size_in_bytes < 2**20
+        return np.asarray(compiled()).ravel()
+
+    seen = [window(start) for start in windows]
+    for a, b in itertools.combinations(seen, 2):
+        n = min(len(a), len(b))
+        # Two words agree by chance once in 65,536.
+        assert np.sum(a[:n] == b[:n]) <= 1
+
+
+def trajectory(gradients_of, steps, coordinates, **settings):
+    """Returns the last state and the mean |update| of the last tenth of the steps."""
+    tx = scale_by_adamod(**settings)
+
+    def body(carry, step):
+        state, total = carry
+        updates, state = tx.update(gradients_of(step), state)
+        late = step >= steps - steps // 10
+        return (state, total + late * jnp.abs(updates)), None
+
+    @jax.jit
+    def run():
+        start = tx.init(jnp.zeros(coordinates)), jnp.zeros(coordinates)
+        (state, total), _ = jax.lax.scan(body, start, jnp.arange(steps))
+        return state, total / (steps // 10)
+
+    return run()
+
+
+@pytest.mark.parametrize("b3", [0.999, 0.9999])
+def test_averages_follow_float32_for_20000_steps(b3):
+    coordinates, steps = 2048, 20_000
+    scale = jnp.exp(jax.random.normal(jax.random.key(0), (coordinates,)))
+
+    def gradients_of(step):
+        key = jax.random.fold_in(jax.random.key(1), step)
+        return scale * (0.3 + jax.random.normal(key, (coordinates,)))
+
+    settings = dict(
+        gradients_of=gradients_of, steps=steps, coordinates=coordinates, b3=b3
+    )
+    wide, wide_update = trajectory(**settings)
+    for dtypes in ({"bound_dtype": "bfloat16"}, BFLOAT16):
+        narrow, update = trajectory(**settings, **dtypes)
+        for name in ("bound", "nu"):
+            ratio = np.asarray(getattr(narrow, name), np.float64) / getattr(wide, name)
+            assert abs(ratio.mean() - 1) < 0.005
+            assert ratio.std() < 0.06
+        assert abs(update.mean() / wide_update.mean() - 1) < 0.01
+    with mock.patch.object(
+        _rounding, "stochastic_round", lambda x, bits: x.astype(jnp.bfloat16)
+    ):
+        nearest, _ = trajectory(**settings, bound_dtype="bfloat16")
+    stalled = np.asarray(nearest.bound, np.float64) / wide.bound
+    assert stalled.mean() < (0.8 if b3 == 0.999 else 0.2)
+
+
+def test_half_precision_parameters_do_not_stall():
+    """To nearest, mu would stop where 0.1 (g - mu) is half a unit in its last place."""
+    gradients = jnp.full(4096, 1.5, jnp.bfloat16)
+    tx = scale_by_adamod()
+    state = tx.init(gradients)
+    update = jax.jit(tx.update)
+    for _ in range(150):
+        _, state = update(gradients, state)
+    assert state.mu.dtype == jnp.bfloat16
+    assert abs(state.mu.astype(jnp.float32).mean() / 1.5 - 1) < 1e-3
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("spec", [P("x"), P("x", "y"), P(None, ("x", "y"))], ids=str)
+def test_sharded_updates_are_the_same_bits(axis_type, spec):
+    if jax.device_count() < 8:
+        pytest.skip("8 devices make the mesh; the default of 8 CPU devices has them")
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
+    tx = adamod(0.1, **BFLOAT16)
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {"w": jnp.ones((8, 16)), "v": jnp.ones((8, 16))}
+
+    def train(params):
+        state, update = tx.init(params), jax.jit(tx.update)
+        for key in keys:
+            noise = jax.random.normal(key, (8, 16))
+            gradients = jax.tree.map(
+                lambda p, n=noise: jax.device_put(n, p.sharding), params
+            )
+            updates, state = update(gradients, state)
+        return updates, state
+
+    expected = train(params)
+    with jax.set_mesh(mesh):
+        sharding = NamedSharding(mesh, spec)
+        actual = train(jax.device_put(params, sharding))
+        for leaf in jax.tree.leaves((actual[0], actual[1][0][1:])):
+            assert leaf.sharding.is_equivalent_to(sharding, 2)
+    chex.assert_trees_all_equal(*jax.device_get((actual, expected)))
+
+
+def test_shard_map_rounds_by_local_indices():
+    """Every shard is a leaf of its own, as under pmap: the same bits in each."""
+    devices = jax.device_count()
+    mesh = jax.make_mesh((devices,), ("x",), axis_types=(AxisType.Auto,))
+    tx = scale_by_adamod(**BFLOAT16)
+    gradients = jnp.tile(jnp.linspace(0.1, 1, 32), devices)
+
+    def one_step(g):
+        return tx.update(g, tx.init(g))[1].bound
+
+    sharded = jax.jit(
+        jax.shard_map(one_step, mesh=mesh, in_specs=P("x"), out_specs=P("x"))
+    )(gradients)
+    local = one_step(gradients[:32])
+    chex.assert_trees_all_equal(
+        jax.device_get(sharded).reshape(devices, 32), np.tile(local, (devices, 1))
+    )
+    mapped = jax.pmap(one_step)(gradients.reshape(devices, 32))
+    chex.assert_trees_all_equal(jax.device_get(mapped), np.tile(local, (devices, 1)))
+
+
+def test_restart_gives_the_same_bits():
+    tx = optax.chain(optax.clip(1.0), adamod(0.1, **BFLOAT16))
+    gradients = [jax.random.normal(jax.random.key(i), (64,)) for i in range(6)]
+    update = jax.jit(tx.update)
+    state = tx.init(gradients[0])
+    for g in gradients[:3]:
+        _, state = update(g, state)
+    saved = jax.device_get(state)
+    for g in gradients[3:]:
+        _, state = update(g, state)
+    restored = jax.tree.map(jnp.asarray, saved)
+    for g in gradients[3:]:
+        _, restored = jax.jit(tx.update)(g, restored)
+    chex.assert_trees_all_equal(restored, state)
+    assert optax.tree.get(state, "bound").dtype == jnp.bfloat16
