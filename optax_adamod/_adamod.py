@@ -179,11 +179,17 @@ def scale_by_adamod(
                 beta1, jnp.asarray(optax.safe_increment(count), dtype)
             )
             debias2 = _debias(beta2, jnp.asarray(count, dtype))
+            # The rate eta / alpha in two forms that differ by rounding alone: the
+            # factor q on numerator, root and eps cancels. XLA on CPU writes a root
+            # with two uses to memory, which takes longer than the rest of the update.
             if paper:
-                numerator, nu_scale, q = 1.0, debias2, 1 / jnp.sqrt(debias2)
+                q = jax.lax.rsqrt(debias2)
+                bound_rate = 1.0, debias2, epsilon, epsilon_root
+                update_rate = q, 1.0, q * epsilon, q**2 * epsilon_root
             else:
                 q = jnp.sqrt(debias2)
-                numerator, nu_scale = debias1 / q, 1.0
+                bound_rate = debias1 / q, 1.0, epsilon, epsilon_root
+                update_rate = debias1, debias2, q * epsilon, debias2 * epsilon_root
 
             def update_leaf(index, g, mu, nu, bound):
                 wide = g.astype(jnp.result_type(g, dtype))
@@ -198,28 +204,18 @@ def scale_by_adamod(
                 # From here on the averages are as stored, so that the state alone
                 # says which rates the update used.
                 m, v = mu.astype(wide.dtype), nu.astype(dtype)
-                eta = _rate(v, alpha * numerator, nu_scale, epsilon, epsilon_root)
+                eta = _rate(v, alpha, *bound_rate)
                 s = _lerp(bound.astype(dtype), eta, beta3)
                 bound = _rounding.store(s, bound.dtype, bits[2])
                 s = bound.astype(dtype)
-                # The same rate per unit of alpha, scaled by q so that XLA cannot tell:
-                # on CPU it writes a root with two uses to memory, which takes longer
-                # than the rest of the update.
-                rate = _rate(
-                    v,
-                    q * numerator,
-                    q**2 * nu_scale,
-                    q * epsilon,
-                    q**2 * epsilon_root,
-                )
+                rate = jnp.minimum(_rate(v, 1.0, *update_rate), s * per_alpha)
                 if nesterov:
                     m_hat = beta1 * debias1_next * m + (1 - beta1) * debias1 * wide
                 elif paper:
                     m_hat = debias1 * m
                 else:
                     m_hat = m
-                update = jnp.minimum(rate, s * per_alpha) * m_hat
-                return update.astype(g.dtype), mu, nu, bound
+                return (rate * m_hat).astype(g.dtype), mu, nu, bound
 
             return update_leaf
 
@@ -541,13 +537,14 @@ def _debias(b: float | jax.Array, t: jax.Array) -> jax.Array:
 
 
 def _rate(
-    nu: jax.Array,
+    v: jax.Array,
+    alpha: jax.typing.ArrayLike,
     numerator: jax.typing.ArrayLike,
-    nu_scale: jax.typing.ArrayLike,
+    scale: jax.typing.ArrayLike,
     eps: jax.typing.ArrayLike,
     eps_root: jax.typing.ArrayLike,
 ) -> jax.Array:
-    return jnp.divide(numerator, jnp.sqrt(nu_scale * nu + eps_root) + eps)
+    return jnp.divide(alpha * numerator, jnp.sqrt(scale * v + eps_root) + eps)
 
 
 def _real_dtype(*values: Any) -> np.dtype:

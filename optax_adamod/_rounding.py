@@ -29,12 +29,11 @@ def random_bits(
       Three uint32 arrays of the given shape, below 2**16.
     """
     row, column = _row_and_column(shape)
-    # Two sums that together tell every coordinate from every other, since their
-    # determinant is odd. Nothing but sums comes before rows and columns are one
-    # array: a hash of the rows alone XLA would compute in a kernel of its own.
-    first = column + (row * _u32(0x9E3779B9) + _u32(leaf * 0x632BE5AB))
-    second = row + (column * _u32(0xC2B2AE36) + _mix(jnp.asarray(count, jnp.uint32)))
-    word = _mix(_mix(first) ^ second)
+    # All that is computed is computed of rows and columns together: what depends on
+    # one of them alone, or on the step, XLA would compute in a kernel of its own.
+    step = jax.lax.bitcast_convert_type(jnp.asarray(count, jnp.int32), jnp.uint32)
+    word = _mix(row ^ column ^ _u32(leaf * 0x9E3779B9))
+    word = _mix((word + step) ^ row)
     lower = _u32(0xFFFF)
     return word & lower, _mix(word ^ _u32(0x85EBCA6B)) & lower, word >> 16
 
