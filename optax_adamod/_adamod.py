@@ -70,8 +70,8 @@ def scale_by_adamod(
       mu_dtype: Dtype of ``mu``, any floating dtype; None for the parameters' own.
         The accumulator of a complex parameter is complex of that precision.
       nesterov: Whether to use Nesterov momentum, with ``convention='paper'`` only.
-      nu_dtype: Dtype of ``nu``, 'float32' or 'float64'; None for the parameters' real
-        dtype, in at least float32.
+      nu_dtype: Dtype of ``nu``, 'bfloat16', 'float32' or 'float64'; None for the
+        parameters' real dtype, in at least float32.
       bound_dtype: Dtype of ``bound``, as ``nu_dtype``.
       bound_learning_rate: Learning rate inside the bound, in parameter units per unit
         of normalised gradient: a scalar, or a schedule from the step count to one.
@@ -309,6 +309,13 @@ def adamod(
         u_t &\leftarrow -\min(\eta_t, s_t) \cdot m_t.
       \end{align*}
 
+    Averages in bfloat16 are rounded stochastically: to nearest they would stop at a
+    fraction of their value, where a step is less than half the spacing of bfloat16.
+    The random bits are a hash of step, leaf and coordinate, the same on every sharding
+    and after a restart. Inside ``shard_map`` and ``pmap`` a coordinate is counted
+    within its shard, and inside ``vmap`` within its member, so that all shards and
+    members round by the same bits.
+
     Args:
       learning_rate: A scalar, or a schedule from the step count to one; in parameter
         units per unit of normalised gradient. A coordinate moves by about this much
@@ -324,8 +331,8 @@ def adamod(
       mu_dtype: Dtype of the average of the gradients, any floating dtype; None for
         the parameters' own. For a complex parameter it is the precision.
       nesterov: Whether to use Nesterov momentum, with ``convention='paper'`` only.
-      nu_dtype: Dtype of the average of the squared gradients, 'float32' or 'float64';
-        None for the parameters' real dtype, in at least float32.
+      nu_dtype: Dtype of the average of the squared gradients, 'bfloat16', 'float32' or
+        'float64'; None for the parameters' real dtype, in at least float32.
       bound_dtype: Dtype of the average of the learning rates, as ``nu_dtype``.
       convention: 'paper' for Algorithm 1 of the paper, 'torch' for the authors'
         PyTorch release.
@@ -449,8 +456,8 @@ def adamodw(
         booleans for leaves, or a function from the parameters to such a tree. True
         for the leaves that decay; None for all of them.
       nesterov: Whether to use Nesterov momentum, with ``convention='paper'`` only.
-      nu_dtype: Dtype of the average of the squared gradients, 'float32' or 'float64';
-        None for the parameters' real dtype, in at least float32.
+      nu_dtype: Dtype of the average of the squared gradients, 'bfloat16', 'float32' or
+        'float64'; None for the parameters' real dtype, in at least float32.
       bound_dtype: Dtype of the average of the learning rates, as ``nu_dtype``.
       convention: 'paper' for Algorithm 1 of the paper, 'torch' for the authors'
         PyTorch release.
