@@ -60,10 +60,9 @@ def test_bits_are_independent():
         for count, leaf in itertools.product((1, 2, 3), (0, 1, 2))
         for which, words in enumerate(_rounding.random_bits(shape, count, leaf))
     }
-    limit = 4 / np.sqrt(np.prod(shape))
 
     def assert_unrelated(a, b):
-        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < limit
+        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 4 / np.sqrt(a.size)
 
     for a, b in itertools.combinations(fields.values(), 2):
         assert_unrelated(a, b)
@@ -72,6 +71,11 @@ def test_bits_are_independent():
         assert_unrelated(field[1:], field[:-1])
         assert_unrelated(field[:, 1:], field[:, :-1])
         assert_unrelated(field[1:, 1:], field[:-1, :-1])
+        # The hash begins with row ^ column, which these have in common.
+        flipped = field.reshape(256, 2, 256, 2)[:, ::-1, :, ::-1].reshape(shape)
+        assert_unrelated(field[::2], flipped[::2])
+        upper = np.triu_indices(512, 1)
+        assert_unrelated(field[upper], field.T[upper])
         for bit in range(16):
             assert abs(np.mean(field.astype(int) >> bit & 1) - 0.5) < 2 / 512
 
