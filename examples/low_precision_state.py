@@ -8,6 +8,7 @@ The last row rounds to nearest, which the library does not do: it is there to sh
 import contextlib
 import dataclasses
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -41,10 +42,15 @@ def bytes_per_parameter(tx: optax.GradientTransformation) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(averages)) // 1024
 
 
-def rounded_to_nearest() -> contextlib.AbstractContextManager[object]:
-    return mock.patch.object(
+@contextlib.contextmanager
+def rounded_to_nearest() -> Iterator[None]:
+    """Rounds bfloat16 averages to nearest, in whatever is compiled meanwhile."""
+    jax.clear_caches()
+    with mock.patch.object(
         _rounding, "stochastic_round", lambda x, _: x.astype(jnp.bfloat16)
-    )
+    ):
+        yield
+    jax.clear_caches()
 
 
 def main(options: Options) -> dict[str, list[list[float]]]:

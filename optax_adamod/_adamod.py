@@ -157,68 +157,14 @@ def scale_by_adamod(
         del params
         count = optax.safe_increment(state.count)
         if callable(bound_learning_rate):
-            learning_rate = bound_learning_rate(state.count)
+            alpha = bound_learning_rate(state.count)
         else:
-            learning_rate = bound_learning_rate
-
-        @functools.cache
-        def rule(dtype):
-            """The equations in one precision, with the scalars that leaves share."""
-            beta1, beta2, beta3, epsilon, epsilon_root = (
-                x if isinstance(x, float) else jnp.asarray(x, dtype)
-                for x in (b1, b2, b3, eps, eps_root)
+            alpha = bound_learning_rate
+        scalars = functools.cache(
+            functools.partial(
+                _scalars, count, alpha, b1, b2, b3, eps, eps_root, paper, nesterov
             )
-            alpha = jnp.asarray(learning_rate, dtype)
-            # At alpha = 0 the emitted update only has to be finite: the chain scales
-            # it by alpha.
-            is_zero = jnp.abs(alpha) < jnp.finfo(dtype).tiny
-            per_alpha = 1 / jnp.where(is_zero, 1, alpha)
-
-            debias1 = _debias(beta1, jnp.asarray(count, dtype))
-            debias1_next = _debias(
-                beta1, jnp.asarray(optax.safe_increment(count), dtype)
-            )
-            debias2 = _debias(beta2, jnp.asarray(count, dtype))
-            # The rate eta / alpha in two forms that differ by rounding alone: the
-            # factor q on numerator, root and eps cancels. XLA on CPU writes a root
-            # with two uses to memory, which takes longer than the rest of the update.
-            if paper:
-                q = jax.lax.rsqrt(debias2)
-                bound_rate = 1.0, debias2, epsilon, epsilon_root
-                update_rate = q, 1.0, q * epsilon, q**2 * epsilon_root
-            else:
-                q = jnp.sqrt(debias2)
-                bound_rate = debias1 / q, 1.0, epsilon, epsilon_root
-                update_rate = debias1, debias2, q * epsilon, debias2 * epsilon_root
-
-            def update_leaf(index, g, mu, nu, bound):
-                wide = g.astype(jnp.result_type(g, dtype))
-                bits = None, None, None
-                if jnp.bfloat16 in (mu.dtype, nu.dtype, bound.dtype):
-                    bits = _rounding.random_bits(g.shape, count, index)
-
-                m = _lerp(mu.astype(wide.dtype), wide, beta1)
-                mu = _rounding.store(m, mu.dtype, bits[0])
-                v = _lerp(nu.astype(dtype), jnp.real(jnp.conj(wide) * wide), beta2)
-                nu = _rounding.store(v, nu.dtype, bits[1])
-                # From here on the averages are as stored, so that the state alone
-                # says which rates the update used.
-                m, v = mu.astype(wide.dtype), nu.astype(dtype)
-                eta = _rate(v, alpha, *bound_rate)
-                s = _lerp(bound.astype(dtype), eta, beta3)
-                bound = _rounding.store(s, bound.dtype, bits[2])
-                s = bound.astype(dtype)
-                rate = jnp.minimum(_rate(v, 1.0, *update_rate), s * per_alpha)
-                if nesterov:
-                    m_hat = beta1 * debias1_next * m + (1 - beta1) * debias1 * wide
-                elif paper:
-                    m_hat = debias1 * m
-                else:
-                    m_hat = m
-                return (rate * m_hat).astype(g.dtype), mu, nu, bound
-
-            return update_leaf
-
+        )
         gradients, treedef = jax.tree_util.tree_flatten_with_path(
             updates, is_leaf=lambda x: x is None
         )
@@ -231,11 +177,10 @@ def scale_by_adamod(
             if g is None:
                 leaves.append((None, *leaf))
             else:
-                g = jnp.asarray(g)
-                mu, nu, bound = map(jnp.asarray, leaf)
-                _checks.same_shape(path, g, mu)
-                update_leaf = rule(_real_dtype(g, nu, bound))
-                leaves.append(update_leaf(index, g, mu, nu, bound))
+                _checks.same_shape(path, g, leaf[0])
+                dtype = _real_dtype(g, *leaf[1:])
+                place = count, np.uint32(index)
+                leaves.append(_update_leaf(scalars(dtype), place, g, *leaf))
         updates, mu, nu, bound = (
             treedef.unflatten([leaf[i] for leaf in leaves]) for i in range(4)
         )
@@ -525,13 +470,105 @@ def adamodw(
     )
 
 
-def _lerp(average: jax.Array, x: jax.Array, b: float | jax.Array) -> jax.Array:
-    """``b * average + (1 - b) * x``, in the form that keeps the smaller weight."""
-    near = average + (1 - b) * (x - average)
-    far = b * average + (1 - b) * x
+class _Scalars(NamedTuple):
+    """What the leaves of one dtype have in common in a step."""
+
+    alpha: jax.Array
+    per_alpha: jax.Array  # 1 / alpha
+    mu_weights: "_Weights"
+    nu_weights: "_Weights"
+    bound_weights: "_Weights"
+    m_hat: tuple[jax.typing.ArrayLike, jax.Array | None]  # factors of m and of g
+    bound_rate: "_Rate"
+    update_rate: "_Rate"
+
+
+_Weights = tuple[jax.typing.ArrayLike, jax.typing.ArrayLike, jax.typing.ArrayLike]
+_Rate = tuple[
+    jax.typing.ArrayLike,
+    jax.typing.ArrayLike,
+    jax.typing.ArrayLike,
+    jax.typing.ArrayLike,
+]
+
+
+# A function of its own, so that leaves of one shape and dtype are traced once.
+@jax.jit
+def _update_leaf(scalars, place, g, mu, nu, bound):
+    """The equations, for one leaf; returns the update and the new averages."""
+    dtype = scalars.alpha.dtype
+    wide = g.astype(jnp.result_type(g, dtype))
+    mu_bits, nu_bits, bound_bits = None, None, None
+    if jnp.bfloat16 in (mu.dtype, nu.dtype, bound.dtype):
+        mu_bits, nu_bits, bound_bits = _rounding.random_bits(g.shape, *place)
+
+    m = _lerp(mu.astype(wide.dtype), wide, scalars.mu_weights)
+    mu = _rounding.store(m, mu.dtype, mu_bits)
+    v = _lerp(nu.astype(dtype), jnp.real(jnp.conj(wide) * wide), scalars.nu_weights)
+    nu = _rounding.store(v, nu.dtype, nu_bits)
+    # From here on the averages are as stored, so that the state alone says which rates
+    # the update used.
+    m, v = mu.astype(wide.dtype), nu.astype(dtype)
+    eta = scalars.alpha * _rate(v, *scalars.bound_rate)
+    s = _lerp(bound.astype(dtype), eta, scalars.bound_weights)
+    bound = _rounding.store(s, bound.dtype, bound_bits)
+    s = bound.astype(dtype)
+    rate = jnp.minimum(_rate(v, *scalars.update_rate), s * scalars.per_alpha)
+    of_m, of_g = scalars.m_hat
+    m_hat = of_m * m if of_g is None else of_m * m + of_g * wide
+    return (rate * m_hat).astype(g.dtype), mu, nu, bound
+
+
+def _scalars(
+    count, alpha, b1, b2, b3, eps, eps_root, paper, nesterov, dtype
+) -> _Scalars:
+    b1, b2, b3, eps, eps_root = (
+        x if isinstance(x, float) else jnp.asarray(x, dtype)
+        for x in (b1, b2, b3, eps, eps_root)
+    )
+    alpha = jnp.asarray(alpha, dtype)
+    # At alpha = 0 the update only has to be finite: the chain scales it by alpha.
+    is_zero = jnp.abs(alpha) < jnp.finfo(dtype).tiny
+    t, next_t = (jnp.asarray(x, dtype) for x in (count, optax.safe_increment(count)))
+    debias1, debias2 = _debias(b1, t), _debias(b2, t)
+    if nesterov:
+        m_hat = b1 * _debias(b1, next_t), (1 - b1) * debias1
+    else:
+        m_hat = debias1 if paper else 1.0, None
+    # The same rate in two forms: a factor q on numerator, root and eps cancels. A root
+    # with two uses XLA on CPU writes to memory, which takes longer than the rest.
+    if paper:
+        q = jax.lax.rsqrt(debias2)
+        bound_rate = 1.0, debias2, eps, eps_root
+        update_rate = q, 1.0, q * eps, q**2 * eps_root
+    else:
+        q = jnp.sqrt(debias2)
+        bound_rate = debias1 / q, 1.0, eps, eps_root
+        update_rate = debias1, debias2, q * eps, debias2 * eps_root
+    return _Scalars(
+        alpha=alpha,
+        per_alpha=1 / jnp.where(is_zero, 1, alpha),
+        mu_weights=_weights(b1),
+        nu_weights=_weights(b2),
+        bound_weights=_weights(b3),
+        m_hat=m_hat,
+        bound_rate=bound_rate,
+        update_rate=update_rate,
+    )
+
+
+def _weights(b: float | jax.Array) -> _Weights:
+    """Weights that make :func:`_lerp` keep the smaller of ``b`` and ``1 - b`` exact."""
     if isinstance(b, float):
-        return near if b >= 0.5 else far
-    return jnp.where(b >= 0.5, near, far)
+        return (1.0, 1.0, 1 - b) if b >= 0.5 else (b, 0.0, 1 - b)
+    near = b >= 0.5
+    return jnp.where(near, 1, b), jnp.asarray(near, jnp.result_type(b)), 1 - b
+
+
+def _lerp(average: jax.Array, x: jax.Array, weights: _Weights) -> jax.Array:
+    """``average + (1 - b) * (x - average)``, or ``b * average + (1 - b) * x``."""
+    of_average, offset, of_x = weights
+    return jnp.asarray(of_average * average + of_x * (x - offset * average))
 
 
 def _debias(b: float | jax.Array, t: jax.Array) -> jax.Array:
@@ -545,13 +582,12 @@ def _debias(b: float | jax.Array, t: jax.Array) -> jax.Array:
 
 def _rate(
     v: jax.Array,
-    alpha: jax.typing.ArrayLike,
     numerator: jax.typing.ArrayLike,
     scale: jax.typing.ArrayLike,
     eps: jax.typing.ArrayLike,
     eps_root: jax.typing.ArrayLike,
 ) -> jax.Array:
-    return jnp.divide(alpha * numerator, jnp.sqrt(scale * v + eps_root) + eps)
+    return jnp.divide(numerator, jnp.sqrt(scale * v + eps_root) + eps)
 
 
 def _real_dtype(*values: Any) -> np.dtype:

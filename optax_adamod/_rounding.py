@@ -13,7 +13,7 @@ import numpy as np
 
 
 def random_bits(
-    shape: tuple[int, ...], count: jax.typing.ArrayLike, leaf: int
+    shape: tuple[int, ...], count: jax.typing.ArrayLike, leaf: jax.typing.ArrayLike
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Three independent sets of 16 random bits for each coordinate of a leaf.
 
@@ -32,7 +32,7 @@ def random_bits(
     # All that is computed is computed of rows and columns together: what depends on
     # one of them alone, or on the step, XLA would compute in a kernel of its own.
     step = jax.lax.bitcast_convert_type(jnp.asarray(count, jnp.int32), jnp.uint32)
-    word = _mix(row ^ column ^ _u32(leaf * 0x9E3779B9))
+    word = _mix(row ^ column ^ jnp.asarray(leaf, jnp.uint32) * _u32(0x9E3779B9))
     word = _mix((word + step) ^ row)
     lower = _u32(0xFFFF)
     return word & lower, _mix(word ^ _u32(0x85EBCA6B)) & lower, word >> 16

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import low_precision_state as low_precision
 import warmup_free_transformer as example
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -46,6 +47,19 @@ def test_transformer_writes_losses_and_figure(tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert len(rows) == 4 * 2 * 24
     assert float(rows[-1]["loss"]) == runs[rows[-1]["optimizer"]][1][-1]
+
+
+def test_low_precision_table(tmp_path, capsys):
+    options = example.Options(steps=20, depth=1, width=8, output=tmp_path)
+    runs = low_precision.main(options)
+    printed = capsys.readouterr().out
+    for (name, losses), size in zip(runs.items(), (12, 8, 6, 6), strict=True):
+        mean = np.mean(np.asarray(losses)[:, -example.FINAL :])
+        assert f"| {name} | {size} | {mean:.3f} |" in printed
+    # Every row is another run: rounding changes the losses, though not by much.
+    finals = [losses[0][-1] for losses in runs.values()]
+    assert len(set(finals)) == 4
+    assert max(finals) - min(finals) < 0.1
 
 
 def test_runs_start_alike_and_differ_by_seed(tmp_path):
