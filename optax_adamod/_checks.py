@@ -1,7 +1,7 @@
 """What the optimizer refuses, and how it says so."""
 
 import math
-from typing import Any, TypeGuard
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,28 +13,18 @@ _COMPLEX = ("complex64", "complex128")
 
 def decay_rate(name: str, value: jax.typing.ArrayLike) -> float | jax.Array:
     """Returns ``value`` as a Python float if it is a number, else as an array."""
-    if _is_number(value):
-        if not 0.0 <= value < 1.0:
-            raise ValueError(f"{name} must be in [0, 1), got {value!r}.")
-        return float(value)
-    value = jnp.asarray(value)
-    if jnp.issubdtype(value.dtype, jnp.floating) and jnp.finfo(value.dtype).bits < 32:
-        raise TypeError(
-            f"{name} was given as an array of {value.dtype}, in which decay rates near "
-            "1 round to 1 (0.999 does in bfloat16); give a Python float, or an array "
-            "of at least float32. Under optax.inject_hyperparams with half-precision "
-            "parameters, pass hyperparam_dtype=jnp.float32."
-        )
+    value = _scalar(name, value)
+    if isinstance(value, float) and not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must be in [0, 1), got {value!r}.")
     return value
 
 
 def nonnegative(name: str, value: jax.typing.ArrayLike) -> float | jax.Array:
     """Returns ``value`` as a Python float if it is a number, else as an array."""
-    if _is_number(value):
-        if not 0.0 <= value < math.inf:
-            raise ValueError(f"{name} must be in [0, inf), got {value!r}.")
-        return float(value)
-    return jnp.asarray(value)
+    value = _scalar(name, value)
+    if isinstance(value, float) and not 0.0 <= value < math.inf:
+        raise ValueError(f"{name} must be in [0, inf), got {value!r}.")
+    return value
 
 
 def choice(name: str, value: str, accepted: tuple[str, ...]) -> str:
@@ -76,29 +66,58 @@ def parameters(params: Any) -> None:
             )
 
 
-def same_structure(updates: Any, state: Any) -> None:
-    """Refuses updates, given as a treedef, of another structure than the state's."""
+def same_structure(gradients: list[tuple[Any, Any]], treedef: Any, state: Any) -> None:
+    """Refuses updates, flattened with their paths, of another tree than the state's."""
     try:
-        updates.flatten_up_to(state)
+        entries = treedef.flatten_up_to(state)
     except ValueError as error:
+        problem = str(error)
+    else:
+        problem = None
+        for (path, g), entry in zip(gradients, entries, strict=True):
+            # None is a missing gradient, but not as the whole tree.
+            missing = g is None and (bool(path) or entry is None)
+            if not missing and not jax.tree_util.all_leaves([entry]):
+                problem = f"updates{jax.tree_util.keystr(path)} is one array"
+    if problem is not None:
         raise ValueError(
-            f"the updates and the state differ in structure: {error}\n"
-            f"updates: {updates}\nstate: {jax.tree.structure(state)}"
-        ) from error
-
-
-def same_shape(path: Any, update: jax.Array, average: jax.Array) -> None:
-    """Refuses an update that would broadcast against its state."""
-    if jnp.shape(update) != jnp.shape(average):
-        raise ValueError(
-            f"the update at updates{jax.tree_util.keystr(path)} has shape "
-            f"{jnp.shape(update)}, but the state was initialised for a parameter of "
-            f"shape {jnp.shape(average)}."
+            f"the updates and the state differ in structure: {problem}\n"
+            f"updates: {treedef}\nstate: {jax.tree.structure(state)}"
         )
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float | np.integer | np.floating)
+def gradient(path: Any, g: Any, mu: jax.Array) -> None:
+    """Refuses a gradient that would broadcast against its state, or lose a part."""
+    name = f"the update at updates{jax.tree_util.keystr(path)}"
+    if jnp.shape(g) != mu.shape:
+        raise ValueError(
+            f"{name} has shape {jnp.shape(g)}, but the state was initialised for a "
+            f"parameter of shape {mu.shape}."
+        )
+    accepted = _COMPLEX if jnp.iscomplexobj(mu) else _FLOATS
+    if jnp.result_type(g).name not in accepted:
+        raise TypeError(
+            f"{name} has dtype {jnp.result_type(g)}, but its parameter takes "
+            f"{', '.join(accepted)}."
+        )
+
+
+def _scalar(name: str, value: Any) -> float | jax.Array:
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, int | float | np.integer | np.floating):
+        return float(value)
+    value = jnp.asarray(value)
+    if value.ndim:
+        raise ValueError(f"{name} must be a scalar, got an array of {value.shape}.")
+    if jnp.issubdtype(value.dtype, jnp.floating) and jnp.finfo(value.dtype).bits < 32:
+        raise TypeError(
+            f"{name} was given as an array of {value.dtype}, which is too coarse: "
+            "0.999 is 1 in bfloat16, and 1e-8 is 0 in float16. Give a Python float, or "
+            "an array of at least float32. Under optax.inject_hyperparams with "
+            "half-precision parameters, pass hyperparam_dtype=jnp.float32."
+        )
+    return value
 
 
 def _dtype(

@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from optax_adamod import adamod, adamodw, scale_by_adamod
@@ -83,19 +84,58 @@ def test_parameters_without_moments(factory, leaf):
     assert str(leaf.dtype) in str(error.value)
 
 
+X = jnp.ones(2)
+
+
 @FACTORIES
-def test_another_structure(factory):
+@pytest.mark.parametrize(
+    ("params", "updates"),
+    [
+        ({"a": X, "b": X}, {"a": X}),
+        ({"a": X, "b": X}, {"a": X, "c": X}),
+        ({"a": X, "b": X}, [X]),
+        ({"a": X}, X),
+        ({"a": X}, None),
+        ({"a": {"b": X}}, {"a": X}),
+        ({"a": [X, X]}, {"a": X}),
+        ({"a": None}, {"a": X}),
+        ({"a": optax.MaskedNode()}, {"a": X}),
+    ],
+    ids=str,
+)
+def test_another_structure(factory, params, updates):
     tx = factory()
-    state = tx.init({"a": jnp.ones(2), "b": jnp.ones(2)})
-    for updates in (
-        {"a": jnp.ones(2)},
-        {"a": jnp.ones(2), "c": jnp.ones(2)},
-        [jnp.ones(2)],
-    ):
-        with pytest.raises(ValueError, match="differ in structure") as error:
-            tx.update(updates, state, updates)
-        for tree in (updates, {"a": jnp.ones(2), "b": jnp.ones(2)}):
+    state = tx.init(params)
+    with pytest.raises(ValueError, match="differ in structure") as error:
+        tx.update(updates, state, params)
+    for tree in (params, updates):
+        if tree is not None:
             assert str(jax.tree.structure(tree)) in str(error.value)
+
+
+@FACTORIES
+@pytest.mark.parametrize(
+    ("parameter", "g"),
+    [("float32", "complex64"), ("complex64", "float32"), ("float32", "int32")],
+)
+def test_another_kind_of_gradient(factory, parameter, g):
+    tx = factory()
+    params = {"a": jnp.ones(2, parameter)}
+    with pytest.raises(
+        TypeError, match=rf"updates\['a'\] has dtype {g}, .*{parameter}"
+    ):
+        tx.update({"a": jnp.ones(2, g)}, tx.init(params), params)
+
+
+@FACTORIES
+@pytest.mark.parametrize("name", ["b3", "eps"])
+def test_arrays_as_hyperparameters(factory, name):
+    with pytest.raises(ValueError, match=f"{name} must be in .* got -?1000.0"):
+        factory(**{name: np.array(1000.0) if name == "b3" else np.array(-1000.0)})
+    with pytest.raises(ValueError, match=rf"{name} must be a scalar, got .*\(1,\)"):
+        factory(**{name: jnp.ones(1)})
+    with pytest.raises(TypeError, match=f"{name} was given as an array of float16"):
+        factory(**{name: jnp.float16(0.5)})
 
 
 @FACTORIES
