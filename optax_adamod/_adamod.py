@@ -261,7 +261,17 @@ def adamod(
     The random bits are a hash of step, leaf and coordinate, the same on every sharding
     and after a restart. Inside ``shard_map`` and ``pmap`` a coordinate is counted
     within its shard, and inside ``vmap`` within its member, so that all shards and
-    members round by the same bits.
+    members round by the same bits. Final losses of a Post-LN Transformer over 3 seeds,
+    from ``python examples/low_precision_state.py --steps 600 --seeds 3``:
+
+    ============================  =================  ======================
+    averages                      bytes a parameter  final loss, nats
+    ============================  =================  ======================
+    float32                       12                 1.663 (1.652 to 1.678)
+    bfloat16 mu and bound         8                  1.664 (1.652 to 1.685)
+    bfloat16 mu, nu and bound     6                  1.664 (1.649 to 1.684)
+    the same, rounded to nearest  6                  1.658 (1.649 to 1.668)
+    ============================  =================  ======================
 
     Args:
       learning_rate: A scalar, or a schedule from the step count to one; in parameter
