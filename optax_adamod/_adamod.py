@@ -28,6 +28,132 @@ class ScaleByAdamodState(NamedTuple):
     bound: optax.Updates  # like nu, or bound_dtype; in units of the learning rate.
 
 
+class _Scalars(NamedTuple):
+    """What the leaves of one dtype have in common in a step."""
+
+    per_alpha: jax.Array  # 1 / learning rate
+    mu_weights: tuple[jax.typing.ArrayLike, ...]  # of _lerp
+    nu_weights: tuple[jax.typing.ArrayLike, ...]
+    bound_weights: tuple[jax.typing.ArrayLike, ...]
+    m_hat_weights: tuple[jax.typing.ArrayLike, jax.Array | None]  # of m and g
+    bound_rate: tuple[jax.typing.ArrayLike, ...]  # of _rate, for eta
+    update_rate: tuple[jax.typing.ArrayLike, ...]  # for eta / learning rate
+
+
+# A function of its own, so that leaves of one shape and dtype are traced once.
+@jax.jit
+def _update_leaf(scalars, place, g, mu, nu, bound):
+    """The equations, for one leaf; returns the update and the new averages."""
+    dtype = scalars.per_alpha.dtype
+    wide = g.astype(jnp.result_type(g, dtype))
+    mu_bits, nu_bits, bound_bits = None, None, None
+    if jnp.bfloat16 in (mu.dtype, nu.dtype, bound.dtype):
+        mu_bits, nu_bits, bound_bits = _rounding.random_bits(g.shape, *place)
+
+    m = _lerp(mu.astype(wide.dtype), wide, scalars.mu_weights)
+    mu = _rounding.store(m, mu.dtype, mu_bits)
+    v = _lerp(nu.astype(dtype), jnp.real(jnp.conj(wide) * wide), scalars.nu_weights)
+    nu = _rounding.store(v, nu.dtype, nu_bits)
+    # From here on the averages are as stored, so that the state alone says which rates
+    # the update used.
+    m, v = mu.astype(wide.dtype), nu.astype(dtype)
+    eta = _rate(v, *scalars.bound_rate)
+    s = _lerp(bound.astype(dtype), eta, scalars.bound_weights)
+    bound = _rounding.store(s, bound.dtype, bound_bits)
+    s = bound.astype(dtype)
+    rate = jnp.minimum(_rate(v, *scalars.update_rate), s * scalars.per_alpha)
+    of_m, of_g = scalars.m_hat_weights
+    m_hat = of_m * m if of_g is None else of_m * m + of_g * wide
+    return (rate * m_hat).astype(g.dtype), mu, nu, bound
+
+
+def _scalars(
+    count, alpha, b1, b2, b3, eps, eps_root, paper, nesterov, dtype
+) -> _Scalars:
+    b1, b2, b3, eps, eps_root = (
+        x if isinstance(x, float) else jnp.asarray(x, dtype)
+        for x in (b1, b2, b3, eps, eps_root)
+    )
+    alpha = jnp.asarray(alpha, dtype)
+    # At alpha = 0 the update only has to be finite: the chain scales it by alpha.
+    is_zero = jnp.abs(alpha) < jnp.finfo(dtype).tiny
+    t, next_t = (jnp.asarray(x, dtype) for x in (count, optax.safe_increment(count)))
+    debias1, debias2 = _debias(b1, t), _debias(b2, t)
+    if nesterov:
+        m_hat_weights = b1 * _debias(b1, next_t), (1 - b1) * debias1
+    else:
+        m_hat_weights = debias1 if paper else 1.0, None
+    # The same rate in two forms: a factor q on numerator, root and eps cancels. A root
+    # with two uses XLA on CPU writes to memory, which takes longer than the rest.
+    if paper:
+        q = jax.lax.rsqrt(debias2)
+        bound_rate = alpha, debias2, eps, eps_root
+        update_rate = q, 1.0, q * eps, q**2 * eps_root
+    else:
+        q = jnp.sqrt(debias2)
+        bound_rate = alpha * debias1 / q, 1.0, eps, eps_root
+        update_rate = debias1, debias2, q * eps, debias2 * eps_root
+    return _Scalars(
+        per_alpha=1 / jnp.where(is_zero, 1, alpha),
+        mu_weights=_weights(b1),
+        nu_weights=_weights(b2),
+        bound_weights=_weights(b3),
+        m_hat_weights=m_hat_weights,
+        bound_rate=bound_rate,
+        update_rate=update_rate,
+    )
+
+
+def _weights(b: float | jax.Array) -> tuple[jax.typing.ArrayLike, ...]:
+    """Weights that make :func:`_lerp` keep the smaller of ``b`` and ``1 - b`` exact."""
+    if isinstance(b, float):
+        return (1.0, 1.0, 1 - b) if b >= 0.5 else (b, 0.0, 1 - b)
+    near = b >= 0.5
+    return jnp.where(near, 1, b), jnp.asarray(near, jnp.result_type(b)), 1 - b
+
+
+def _lerp(
+    average: jax.Array, x: jax.Array, weights: tuple[jax.typing.ArrayLike, ...]
+) -> jax.Array:
+    """``average + (1 - b) * (x - average)``, or ``b * average + (1 - b) * x``."""
+    of_average, offset, of_x = weights
+    return jnp.asarray(of_average * average + of_x * (x - offset * average))
+
+
+def _debias(b: float | jax.Array, t: jax.Array) -> jax.Array:
+    """``1 / (1 - b**t)``, without the cancellation where ``b**t`` is near 1."""
+    if isinstance(b, float):
+        log_b = math.log(b) if b > 0 else -math.inf
+    else:
+        log_b = jnp.log(b)
+    return -1 / jnp.expm1(t * log_b)
+
+
+def _rate(
+    v: jax.Array,
+    numerator: jax.typing.ArrayLike,
+    scale: jax.typing.ArrayLike,
+    eps: jax.typing.ArrayLike,
+    eps_root: jax.typing.ArrayLike,
+) -> jax.Array:
+    return jnp.divide(numerator, jnp.sqrt(scale * v + eps_root) + eps)
+
+
+def _real_dtype(*values: Any) -> np.dtype:
+    """The real dtype of the arithmetic on ``values``: theirs, in at least float32."""
+    dtypes = (jnp.finfo(jnp.result_type(x)).dtype for x in values)
+    return jnp.result_type(jnp.float32, *dtypes)
+
+
+def _mu_dtype(param: Any, mu_dtype: np.dtype | None) -> np.dtype:
+    dtype = jnp.result_type(param)
+    if mu_dtype is None:
+        return dtype
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return jnp.result_type(mu_dtype, jnp.complex64)
+    return mu_dtype
+
+
 def scale_by_adamod(
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
@@ -484,138 +610,3 @@ def adamodw(
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
-
-
-class _Scalars(NamedTuple):
-    """What the leaves of one dtype have in common in a step."""
-
-    alpha: jax.Array
-    per_alpha: jax.Array  # 1 / alpha
-    mu_weights: "_Weights"
-    nu_weights: "_Weights"
-    bound_weights: "_Weights"
-    m_hat: tuple[jax.typing.ArrayLike, jax.Array | None]  # factors of m and of g
-    bound_rate: "_Rate"
-    update_rate: "_Rate"
-
-
-_Weights = tuple[jax.typing.ArrayLike, jax.typing.ArrayLike, jax.typing.ArrayLike]
-_Rate = tuple[
-    jax.typing.ArrayLike,
-    jax.typing.ArrayLike,
-    jax.typing.ArrayLike,
-    jax.typing.ArrayLike,
-]
-
-
-# A function of its own, so that leaves of one shape and dtype are traced once.
-@jax.jit
-def _update_leaf(scalars, place, g, mu, nu, bound):
-    """The equations, for one leaf; returns the update and the new averages."""
-    dtype = scalars.alpha.dtype
-    wide = g.astype(jnp.result_type(g, dtype))
-    mu_bits, nu_bits, bound_bits = None, None, None
-    if jnp.bfloat16 in (mu.dtype, nu.dtype, bound.dtype):
-        mu_bits, nu_bits, bound_bits = _rounding.random_bits(g.shape, *place)
-
-    m = _lerp(mu.astype(wide.dtype), wide, scalars.mu_weights)
-    mu = _rounding.store(m, mu.dtype, mu_bits)
-    v = _lerp(nu.astype(dtype), jnp.real(jnp.conj(wide) * wide), scalars.nu_weights)
-    nu = _rounding.store(v, nu.dtype, nu_bits)
-    # From here on the averages are as stored, so that the state alone says which rates
-    # the update used.
-    m, v = mu.astype(wide.dtype), nu.astype(dtype)
-    eta = scalars.alpha * _rate(v, *scalars.bound_rate)
-    s = _lerp(bound.astype(dtype), eta, scalars.bound_weights)
-    bound = _rounding.store(s, bound.dtype, bound_bits)
-    s = bound.astype(dtype)
-    rate = jnp.minimum(_rate(v, *scalars.update_rate), s * scalars.per_alpha)
-    of_m, of_g = scalars.m_hat
-    m_hat = of_m * m if of_g is None else of_m * m + of_g * wide
-    return (rate * m_hat).astype(g.dtype), mu, nu, bound
-
-
-def _scalars(
-    count, alpha, b1, b2, b3, eps, eps_root, paper, nesterov, dtype
-) -> _Scalars:
-    b1, b2, b3, eps, eps_root = (
-        x if isinstance(x, float) else jnp.asarray(x, dtype)
-        for x in (b1, b2, b3, eps, eps_root)
-    )
-    alpha = jnp.asarray(alpha, dtype)
-    # At alpha = 0 the update only has to be finite: the chain scales it by alpha.
-    is_zero = jnp.abs(alpha) < jnp.finfo(dtype).tiny
-    t, next_t = (jnp.asarray(x, dtype) for x in (count, optax.safe_increment(count)))
-    debias1, debias2 = _debias(b1, t), _debias(b2, t)
-    if nesterov:
-        m_hat = b1 * _debias(b1, next_t), (1 - b1) * debias1
-    else:
-        m_hat = debias1 if paper else 1.0, None
-    # The same rate in two forms: a factor q on numerator, root and eps cancels. A root
-    # with two uses XLA on CPU writes to memory, which takes longer than the rest.
-    if paper:
-        q = jax.lax.rsqrt(debias2)
-        bound_rate = 1.0, debias2, eps, eps_root
-        update_rate = q, 1.0, q * eps, q**2 * eps_root
-    else:
-        q = jnp.sqrt(debias2)
-        bound_rate = debias1 / q, 1.0, eps, eps_root
-        update_rate = debias1, debias2, q * eps, debias2 * eps_root
-    return _Scalars(
-        alpha=alpha,
-        per_alpha=1 / jnp.where(is_zero, 1, alpha),
-        mu_weights=_weights(b1),
-        nu_weights=_weights(b2),
-        bound_weights=_weights(b3),
-        m_hat=m_hat,
-        bound_rate=bound_rate,
-        update_rate=update_rate,
-    )
-
-
-def _weights(b: float | jax.Array) -> _Weights:
-    """Weights that make :func:`_lerp` keep the smaller of ``b`` and ``1 - b`` exact."""
-    if isinstance(b, float):
-        return (1.0, 1.0, 1 - b) if b >= 0.5 else (b, 0.0, 1 - b)
-    near = b >= 0.5
-    return jnp.where(near, 1, b), jnp.asarray(near, jnp.result_type(b)), 1 - b
-
-
-def _lerp(average: jax.Array, x: jax.Array, weights: _Weights) -> jax.Array:
-    """``average + (1 - b) * (x - average)``, or ``b * average + (1 - b) * x``."""
-    of_average, offset, of_x = weights
-    return jnp.asarray(of_average * average + of_x * (x - offset * average))
-
-
-def _debias(b: float | jax.Array, t: jax.Array) -> jax.Array:
-    """``1 / (1 - b**t)``, without the cancellation where ``b**t`` is near 1."""
-    if isinstance(b, float):
-        log_b = math.log(b) if b > 0 else -math.inf
-    else:
-        log_b = jnp.log(b)
-    return -1 / jnp.expm1(t * log_b)
-
-
-def _rate(
-    v: jax.Array,
-    numerator: jax.typing.ArrayLike,
-    scale: jax.typing.ArrayLike,
-    eps: jax.typing.ArrayLike,
-    eps_root: jax.typing.ArrayLike,
-) -> jax.Array:
-    return jnp.divide(numerator, jnp.sqrt(scale * v + eps_root) + eps)
-
-
-def _real_dtype(*values: Any) -> np.dtype:
-    """The real dtype of the arithmetic on ``values``: theirs, in at least float32."""
-    dtypes = (jnp.finfo(jnp.result_type(x)).dtype for x in values)
-    return jnp.result_type(jnp.float32, *dtypes)
-
-
-def _mu_dtype(param: Any, mu_dtype: np.dtype | None) -> np.dtype:
-    dtype = jnp.result_type(param)
-    if mu_dtype is None:
-        return dtype
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        return jnp.result_type(mu_dtype, jnp.complex64)
-    return mu_dtype
