@@ -80,6 +80,19 @@ def test_bits_are_independent():
             assert abs(np.mean(field.astype(int) >> bit & 1) - 0.5) < 2 / 512
 
 
+def test_leaves_and_averages_round_by_bits_of_their_own():
+    gradients = dict.fromkeys("ab", jnp.full(4096, 0.7))
+    tx = scale_by_adamod(**BFLOAT16)
+    _, state = jax.jit(tx.update)(gradients, tx.init(gradients))
+    up = []
+    for average in (state.mu, state.nu, state.bound):
+        for leaf in average.values():
+            assert len(np.unique(leaf)) == 2  # the two neighbours
+            up.append(np.asarray(leaf == leaf.max(), np.float64))
+    for a, b in itertools.combinations(up, 2):
+        assert abs(np.corrcoef(a, b)[0, 1]) < 4 / np.sqrt(4096)
+
+
 def test_special_values_keep_their_meaning():
     largest = float(jnp.finfo(jnp.bfloat16).max)
     exact = [0.0, -0.0, 1.0, -2.5, largest, -largest, np.inf, -np.inf]
