@@ -56,8 +56,8 @@ def stochastic_round(x: jax.Array, bits: jax.Array) -> jax.Array:
     largest, infinity = _u32(0x7F7FFFFF), _u32(0x7F800000)
     upper = (sign | jnp.minimum(magnitude + bits, largest)) >> 16
     rounded = jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
-    # The choice comes last, for of all these operations it alone keeps XLA on CPU
-    # from repeating the rounding where the result is read, and from copying for it.
+    # The choice comes last, for of all these operations it alone keeps XLA on CPU (of
+    # JAX 0.12) from repeating the rounding where the result is read, and from copying.
     return jnp.where(magnitude < infinity, rounded, x.astype(jnp.bfloat16))
 
 

@@ -151,27 +151,23 @@ def test_signatures_agree_with_each_other_and_with_optax():
             assert ours[name] == parameter
 
 
+def documented_arguments(f):
+    """The entries of a docstring's Args, by name."""
+    doc = inspect.getdoc(f) or ""
+    (section,) = re.findall(r"^Args:\n(.*?\n)\n", doc, re.DOTALL | re.MULTILINE)
+    entry = r"^  (\w+): (.*?)(?=^  \w|\Z)"
+    return dict(re.findall(entry, section, re.DOTALL | re.MULTILINE))
+
+
 @pytest.mark.parametrize("f", [scale_by_adamod, adamod, adamodw])
 def test_every_argument_is_documented(f):
-    doc = inspect.getdoc(f) or ""
-    (section,) = re.findall(r"^Args:\n(.*?)\n\n", doc, re.DOTALL | re.MULTILINE)
-    documented = re.findall(r"^  (\w+): ", section, re.MULTILINE)
-    assert documented == list(inspect.signature(f).parameters)
+    assert list(documented_arguments(f)) == list(inspect.signature(f).parameters)
     for title in ("Returns:", "Raises:", "Examples:", "References:"):
-        assert f"\n{title}\n" in doc
+        assert f"\n{title}\n" in (inspect.getdoc(f) or "")
 
 
 def test_shared_arguments_are_described_in_the_same_words():
-    def entries(f):
-        doc = inspect.getdoc(f) or ""
-        (section,) = re.findall(r"^Args:\n(.*?)\n\n", doc, re.DOTALL | re.MULTILINE)
-        return dict(
-            re.findall(
-                r"^  (\w+): (.*?)(?=^  \w|\Z)", section + "\n", re.DOTALL | re.MULTILINE
-            )
-        )
-
-    rule, plain, decayed = map(entries, (scale_by_adamod, adamod, adamodw))
+    rule, plain, decayed = map(documented_arguments, (scale_by_adamod, adamod, adamodw))
     assert plain.items() <= decayed.items()
     for name in ("b1", "b2", "b3", "convention", "nesterov"):
         assert rule[name] == plain[name]

@@ -15,7 +15,7 @@ from optax_adamod import adamod, adamodw, scale_by_adamod
 from reference import AdaMod
 
 # The rounding of an average adds up over its horizon, so a limit on the error is one
-# for a number of steps: in float32 up to 7e-7 after 200, 1.2e-5 after 10,000.
+# for a number of steps. With 10_000 here, float32 is off by 1.2e-5 at b3 0.999.
 STEPS = 200
 PEAK = 1e-2
 SCHEDULES = {
@@ -73,16 +73,18 @@ def run(make, gradients, theta=0.0):
     )
 
 
-def assert_follows_reference(dtype, tolerance, schedule="constant", **settings):
-    real = np.finfo(dtype).dtype
-    # A table, so that the reference has the very learning rates of the library.
-    table = np.asarray([SCHEDULES[schedule](t) for t in range(STEPS)], real)
-    gradients = make_gradients(dtype)
-    expected = AdaMod(alpha=lambda t: float(table[t - 1]), **settings).trajectory(
-        gradients
-    )
+def learning_rates(schedule, dtype):
+    """The very same numbers for the library, by count, and the reference, by step."""
+    table = np.asarray([SCHEDULES[schedule](t) for t in range(STEPS)], dtype)
     rates = jnp.asarray(table)
-    actual = run(lambda: adamod(lambda count: rates[count], **settings), gradients)
+    return lambda count: rates[count], lambda t: float(table[t - 1])
+
+
+def assert_follows_reference(dtype, tolerance, schedule="constant", **settings):
+    ours, alpha = learning_rates(schedule, np.finfo(dtype).dtype)
+    gradients = make_gradients(dtype)
+    expected = AdaMod(alpha=alpha, **settings).trajectory(gradients)
+    actual = run(lambda: adamod(ours, **settings), gradients)
     actual = {name: np.asarray(x, expected[name].dtype) for name, x in actual.items()}
     assert np.abs(expected["update"]).max() > 0
     np.testing.assert_array_less(
@@ -106,11 +108,18 @@ def test_float32(settings):
 
 @pytest.mark.parametrize("convention", ["paper", "torch"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_complex(schedule, convention, x64):
-    for dtype, tolerance in ((np.complex128, 1e-12), (np.complex64, 1e-6)):
-        assert_follows_reference(
-            dtype, tolerance, schedule=schedule, convention=convention
-        )
+def test_complex128(schedule, convention, x64):
+    assert_follows_reference(
+        np.complex128, 1e-12, schedule=schedule, convention=convention
+    )
+
+
+@pytest.mark.parametrize("convention", ["paper", "torch"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_complex64(schedule, convention):
+    assert_follows_reference(
+        np.complex64, 1e-6, schedule=schedule, convention=convention
+    )
 
 
 @pytest.mark.parametrize("convention", ["paper", "torch"])
@@ -118,14 +127,9 @@ def test_complex(schedule, convention, x64):
 def test_decoupled_decay(schedule, convention, x64):
     settings = dict(b3=0.99, weight_decay=0.1, convention=convention)
     gradients = make_gradients(np.float64)
-    table = np.asarray([SCHEDULES[schedule](t) for t in range(STEPS)], np.float64)
-    expected = AdaMod(alpha=lambda t: table[t - 1], **settings).trajectory(
-        gradients, theta=2.0
-    )
-    rates = jnp.asarray(table)
-    actual = run(
-        lambda: adamodw(lambda count: rates[count], **settings), gradients, theta=2.0
-    )
+    ours, alpha = learning_rates(schedule, np.float64)
+    expected = AdaMod(alpha=alpha, **settings).trajectory(gradients, theta=2.0)
+    actual = run(lambda: adamodw(ours, **settings), gradients, theta=2.0)
     chex.assert_trees_all_close(
         np.asarray(actual["theta"]), expected["theta"], rtol=0, atol=1e-13
     )
