@@ -83,24 +83,20 @@ def _scalars(
         m_hat_weights = b1 * _debias(b1, next_t), (1 - b1) * debias1
     else:
         m_hat_weights = debias1 if paper else 1.0, None
-    # The same rate in two forms: a factor q on numerator, root and eps cancels. A root
-    # with two uses XLA on CPU writes to memory, which takes longer than the rest.
     if paper:
-        q = jax.lax.rsqrt(debias2)
-        bound_rate = alpha, debias2, eps, eps_root
-        update_rate = q, 1.0, q * eps, q**2 * eps_root
+        numerator, scale = 1.0, debias2
     else:
-        q = jnp.sqrt(debias2)
-        bound_rate = alpha * debias1 / q, 1.0, eps, eps_root
-        update_rate = debias1, debias2, q * eps, debias2 * eps_root
+        numerator, scale = debias1 * jax.lax.rsqrt(debias2), 1.0
     return _Scalars(
         per_alpha=1 / jnp.where(is_zero, 1, alpha),
         mu_weights=_weights(b1),
         nu_weights=_weights(b2),
         bound_weights=_weights(b3),
         m_hat_weights=m_hat_weights,
-        bound_rate=bound_rate,
-        update_rate=update_rate,
+        # The same rate in two forms, for 2 on numerator and denominator cancels. A root
+        # with two uses XLA on CPU writes to memory, which takes longer than the rest.
+        bound_rate=(alpha * numerator, scale, eps, eps_root),
+        update_rate=(2 * numerator, 4 * scale, 2 * eps, 4 * eps_root),
     )
 
 
