@@ -1,0 +1,223 @@
+"""What the compilers of GPUs and TPU pods make of one update, without the hardware.
+
+Kernels, temporaries, collectives, bytes and compile time, for Adam and AdaMod. It needs
+x86-64 Linux and the extra ``compiled``: libtpu, and JAX's CUDA plugin without CUDA. It
+proves nothing about numerics or speed.
+
+    pip install -e '.[bench,compiled]' && python benchmarks/compiled.py
+"""
+
+import dataclasses
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import tyro
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+import report
+import trees
+from optimizers import ADAM, ADAMOD, ADAMOD_BFLOAT16, DONATED, OPTIMIZERS, step
+
+COLLECTIVES = (
+    "all-gather", "all-reduce", "all-to-all", "collective-broadcast",
+    "collective-permute", "reduce-scatter", "send", "recv",
+)  # fmt: skip
+# Instructions for which nothing runs.
+FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")
+# A TPU's transfers into its fast memory, which run while kernels do.
+PREFETCHES = ("copy-start", "slice-start")
+PREFETCHED = ("copy-done", "slice-done")
+H100 = Path(__file__).parent / "h100.txtpb"
+TARGETS = {
+    "H100": dict(platform="cuda", topology_name="h100", topology="1x1x1"),
+    "v5e 16x16": dict(platform="tpu", topology_name="v5e:16x16"),
+    "v5p 8x8x8": dict(platform="tpu", topology_name="v5p:8x8x8"),
+    "2 slices of v5e 16x16": dict(
+        platform="tpu", topology_name="v5e:16x16", num_slices=2
+    ),
+}
+TREES = {"mixed": trees.mixed_leaves, "matrix": trees.matrix}
+PODS = {f"Llama 3 {size}": size for size in ("8B", "70B")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Compiles one update for accelerators that need not be there."""
+
+    targets: tuple[str, ...] = tuple(TARGETS)
+    """Which of the accelerators."""
+    trees: tuple[str, ...] = (*TREES, *PODS)
+    """Which of the trees of parameters; Llama's on pods alone."""
+    output: Path = report.RESULTS
+    """Folder for the tables."""
+
+    def __post_init__(self) -> None:
+        for name, known in (("targets", TARGETS), ("trees", TREES | PODS)):
+            if unknown := set(getattr(self, name)) - set(known):
+                raise ValueError(f"--{name}: {unknown} unknown; there are {[*known]}.")
+
+
+def without_hardware() -> None:
+    """Keeps JAX on CPU, and libtpu from looking for TPUs or being the only one."""
+    jax.config.update("jax_platforms", "cpu")
+    os.environ.update(
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_WORKER_HOSTNAMES="localhost",
+        TPU_ACCELERATOR_TYPE="v5litepod-256",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    )
+
+
+def mesh(target: str) -> Mesh:
+    """Returns all devices of the target on one axis."""
+    options: dict[str, Any] = dict(TARGETS[target])
+    if options["platform"] == "cuda":
+        options["target_config"] = H100.read_text()
+    topology = topologies.get_topology_desc(**options)
+    return Mesh(np.asarray(topology.devices), ("fsdp",))
+
+
+def fully_sharded(tree: trees.Tree, mesh: Mesh) -> trees.Tree:
+    """Splits each leaf over all devices, along its longest dimension that divides."""
+
+    def sharded(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        divisible = [d for d, length in enumerate(leaf.shape) if not length % mesh.size]
+        longest = max(divisible, key=lambda d: leaf.shape[d])
+        spec = PartitionSpec(*[None] * longest, "fsdp")
+        return jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)
+        )
+
+    return {name: sharded(leaf) for name, leaf in tree.items()}
+
+
+def state_like(
+    tx: optax.GradientTransformation, params: trees.Tree, mesh: Mesh
+) -> optax.OptState:
+    """Returns the optimizer's state as shapes, sharded as the parameters."""
+    return optax.tree.map_params(
+        tx,
+        lambda leaf, param: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=param.sharding
+        ),
+        jax.eval_shape(tx.init, params),
+        params,
+        transform_non_params=lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec())
+        ),
+    )
+
+
+def instructions(hlo: str) -> list[tuple[str, str]]:
+    """Returns result type and operation of all that the program runs."""
+    computations = {
+        match["name"]: match["body"]
+        for match in re.finditer(
+            r"^(?:ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$\n(?P<body>(?:  .*\n)*)",
+            hlo,
+            re.MULTILINE,
+        )
+    }
+    (entry,) = re.findall(r"^ENTRY %?([\w.-]+)", hlo, re.MULTILINE)
+
+    def run(name: str) -> list[tuple[str, str]]:
+        found = []
+        for line in computations[name].splitlines():
+            match = re.match(r" +(?:ROOT )?%?[\w.-]+ = (.*?) ([a-z][\w-]*)\(", line)
+            if match is None:
+                raise ValueError(f"not an instruction of HLO: {line}")
+            if match[2] == "call":
+                (callee,) = re.findall(r"to_apply=%?([\w.-]+)", line)
+                found += run(callee)
+            elif match[2] not in FREE and "ConcatBitcast" not in line:
+                found.append((match[1], match[2]))
+        return found
+
+    return run(entry)
+
+
+def facts(optimizer: str, tree: trees.Tree, mesh: Mesh) -> dict[str, Any]:
+    """Compiles the update; returns what the program consists of, for one chip."""
+    params = fully_sharded(tree, mesh)
+    tx = OPTIMIZERS[optimizer]()
+    state = state_like(tx, params, mesh)
+    lowered = jax.jit(step(tx), donate_argnums=DONATED).lower(params, state, params)
+    start = time.process_time()
+    compiled = lowered.compile()
+    seconds = time.process_time() - start
+    hlo, memory = compiled.as_text(), compiled.memory_analysis()
+    assert hlo is not None
+    assert memory is not None
+    program = instructions(hlo)
+    kernels = [
+        bool(re.search(r"\[\d", shape))
+        for shape, op in program
+        if op not in PREFETCHES + PREFETCHED
+    ]
+    parameters = trees.size(tree) / mesh.size
+    return {
+        "optimizer": optimizer,
+        "leaves": len(tree),
+        "kernels": sum(kernels),
+        "of scalars": len(kernels) - sum(kernels),
+        "prefetches": sum(op in PREFETCHES for _, op in program),
+        "collectives": sum(op.startswith(COLLECTIVES) for _, op in program),
+        "temporaries, bytes": memory.temp_size_in_bytes,
+        "state": sum(
+            leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
+        ) / trees.size(tree),
+        "in": memory.argument_size_in_bytes / parameters,
+        "out": memory.output_size_in_bytes / parameters,
+        "in + out, MB": (memory.argument_size_in_bytes + memory.output_size_in_bytes)
+        / 1e6,
+        "held, MB": (
+            memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes
+            + memory.temp_size_in_bytes
+        )
+        / 1e6,
+        "compile, s of CPU": seconds,
+    }  # fmt: skip
+
+
+def main(options: Options) -> dict[str, list[dict[str, Any]]]:
+    """Returns a table for each target and tree."""
+    without_hardware()
+    notes = (
+        "State, in and out: bytes a parameter. The rest for one chip; held is what the "
+        "chip keeps while it updates, the gradients included. A TPU computes scalars "
+        "beside its kernels, a GPU in kernels of their own.",
+    )
+    tables = {}
+    for target in options.targets:
+        where = mesh(target)
+        for name in tqdm(options.trees, target):
+            if name in TREES:
+                tree = TREES[name]()
+            elif where.size > 1:
+                tree = trees.llama3(PODS[name])
+            else:
+                continue
+            title = f"{target} ({where.size} chips), {name}: {trees.size(tree):,}"
+            tables[f"{title} parameters"] = [
+                facts(optimizer, tree, where)
+                for optimizer in (ADAM, ADAMOD, ADAMOD_BFLOAT16)
+            ]
+        report.save("compiled", tables, options.output, notes=notes)
+    return tables
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options, description=__doc__))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error

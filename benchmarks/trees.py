@@ -1,0 +1,124 @@
+"""Trees of parameters, as shapes alone: ``{name: jax.ShapeDtypeStruct}``."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+Tree = dict[str, jax.ShapeDtypeStruct]
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _tree(shapes: Shapes) -> Tree:
+    return {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()
+    }
+
+
+def size(tree: Tree) -> int:
+    """Returns the number of parameters."""
+    return sum(math.prod(leaf.shape) for leaf in tree.values())
+
+
+def equal_leaves(parameters: int, leaves: int) -> Tree:
+    """Vectors of one size."""
+    return _tree({f"leaf{i}": (parameters // leaves,) for i in range(leaves)})
+
+
+def mixed_leaves() -> Tree:
+    """Twelve leaves of unlike shapes: six matrices, four vectors, two of rank 3."""
+    return _tree(
+        {
+            "embed": (32768, 2048),
+            "query": (2048, 2048),
+            "key": (2048, 512),
+            "up": (2048, 8192),
+            "down": (8192, 2048),
+            "logits": (2048, 32768),
+            "norm": (2048,),
+            "wide_norm": (8192,),
+            "bias": (4096,),
+            "logits_bias": (32768,),
+            "heads": (2048, 16, 128),
+            "experts": (8, 2048, 1024),
+        }
+    )
+
+
+def matrix() -> Tree:
+    """One square matrix."""
+    return _tree({"kernel": (8192, 8192)})
+
+
+def resnet50() -> Tree:
+    """ResNet-50: 25.6 million parameters."""
+    shapes: Shapes = {}
+
+    def convolution(name: str, size: int, inputs: int, outputs: int) -> None:
+        shapes[f"{name}/kernel"] = (size, size, inputs, outputs)
+        shapes[f"{name}/scale"] = shapes[f"{name}/shift"] = (outputs,)
+
+    convolution("stem", 7, 3, 64)
+    inputs = 64
+    for stage, (blocks, width) in enumerate(
+        zip((3, 4, 6, 3), (64, 128, 256, 512), strict=True)
+    ):
+        for block in range(blocks):
+            name = f"stage{stage}/block{block}"
+            convolution(f"{name}/reduce", 1, inputs, width)
+            convolution(f"{name}/middle", 3, width, width)
+            convolution(f"{name}/expand", 1, width, 4 * width)
+            if block == 0:
+                convolution(f"{name}/shortcut", 1, inputs, 4 * width)
+            inputs = 4 * width
+    shapes["logits/kernel"], shapes["logits/bias"] = (2048, 1000), (1000,)
+    return _tree(shapes)
+
+
+def gpt2_small() -> Tree:
+    """GPT-2 small: 124.4 million parameters."""
+    width = 768
+    shapes: Shapes = {"tokens": (50257, width), "positions": (1024, width)}
+    for block in range(12):
+        for name, inputs, outputs in (
+            ("attention", width, 3 * width),
+            ("projection", width, width),
+            ("expand", width, 4 * width),
+            ("contract", 4 * width, width),
+        ):
+            shapes[f"block{block}/{name}/kernel"] = (inputs, outputs)
+            shapes[f"block{block}/{name}/bias"] = (outputs,)
+        for norm in ("norm1", "norm2"):
+            for name in ("scale", "bias"):
+                shapes[f"block{block}/{norm}/{name}"] = (width,)
+    shapes["norm/scale"] = shapes["norm/bias"] = (width,)
+    return _tree(shapes)
+
+
+def llama3(parameters: str) -> Tree:
+    """Llama 3 of '8B', '70B' or '405B' (8.0, 70.6 and 405.9 billion parameters)."""
+    blocks, width, hidden = {
+        "8B": (32, 4096, 14336),
+        "70B": (80, 8192, 28672),
+        "405B": (126, 16384, 53248),
+    }[parameters]
+    vocabulary, key_value = 128256, 8 * 128
+    shapes: Shapes = {
+        "tokens": (vocabulary, width),
+        "logits": (width, vocabulary),
+        "norm": (width,),
+    }
+    for block in range(blocks):
+        for name, shape in (
+            ("query", (width, width)),
+            ("key", (width, key_value)),
+            ("value", (width, key_value)),
+            ("output", (width, width)),
+            ("gate", (width, hidden)),
+            ("up", (width, hidden)),
+            ("down", (hidden, width)),
+            ("attention_norm", (width,)),
+            ("feed_forward_norm", (width,)),
+        ):
+            shapes[f"block{block}/{name}"] = shape
+    return _tree(shapes)

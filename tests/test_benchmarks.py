@@ -1,0 +1,203 @@
+"""Do the benchmarks measure what they say? Nothing here is timed."""
+
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import compiled
+import optimizers
+import scaling
+import step_time
+import torch_optimizers
+import train_step
+import trees
+from resnet import ResNet
+from transformer import Transformer
+
+
+@pytest.mark.parametrize(
+    ("tree", "millions"),
+    [
+        (trees.resnet50(), 25.557),
+        (trees.gpt2_small(), 124.440),
+        (trees.llama3("8B"), 8030.261),
+        (trees.llama3("70B"), 70553.706),
+        (trees.llama3("405B"), 405853.389),
+        (trees.equal_leaves(1_000_000, 160), 1.0),
+    ],
+)
+def test_trees_have_their_models_sizes(tree, millions):
+    assert trees.size(tree) == pytest.approx(millions * 1e6, rel=1e-4)
+
+
+def test_resnet34_has_its_size():
+    model = nnx.eval_shape(lambda: ResNet((3, 4, 6, 3), 64, 3, 10, rngs=nnx.Rngs(0)))
+    params = jax.tree.leaves(nnx.state(model, nnx.Param))
+    assert sum(x.size for x in params) == pytest.approx(21.3e6, rel=2e-3)
+
+
+def test_resnet_halves_images():
+    model = ResNet((1, 1), 4, 1, 3, rngs=nnx.Rngs(0))
+    assert model(jnp.ones((2, 8, 8, 1))).shape == (2, 3)
+    assert model.blocks[1](model.blocks[0](jnp.ones((2, 8, 8, 4)))).shape == (
+        2,
+        4,
+        4,
+        8,
+    )
+
+
+def test_update_is_the_optimizers():
+    tree = trees.equal_leaves(64, 2)
+    update = step_time.Update(optax.adam(1e-3), tree)
+    update.run(3)
+    tx, params = optax.adam(1e-3), {name: np.zeros(32) for name in tree}
+    state = tx.init(params)
+    for _ in range(3):
+        updates, state = tx.update(step_time.gradients(tree), state)
+        params = optax.apply_updates(params, updates)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, 1e-5), update.params, params
+    )
+    assert update.opt_state[0].count == 3
+
+
+def test_step_time_writes_its_tables(tmp_path, capsys):
+    options = step_time.Options(
+        rounds=2,
+        cases=("leaves", "sizes"),
+        parameters=320,
+        leaves=(1, 16),
+        largest=1e3,
+        optimizers=("AdaMod",),
+        output=tmp_path,
+    )
+    tables = step_time.main(options)
+    assert len(tables) == 3
+    saved = json.loads((tmp_path / "step_time.json").read_text())
+    assert saved["tables"] == tables
+    assert {"jax", "optax", "python"} <= set(saved["versions"])
+    for rows in tables.values():
+        assert [row["optimizer"] for row in rows] == ["Adam", "AdaMod"]
+        assert all(row["of Adam's time"] > 0 for row in rows)
+    printed = capsys.readouterr().out
+    for title in tables:
+        assert f"## {title}" in printed
+        assert f"## {title}" in (tmp_path / "step_time.md").read_text()
+
+
+def test_bytes_that_an_update_moves():
+    tree = trees.equal_leaves(10**6, 1)
+    moved = [
+        step_time.bytes_per_step(x, tree) / 1e6
+        for x in (optimizers.ADAM, optimizers.ADAMOD, optimizers.ADAMOD_BFLOAT16)
+    ]
+    np.testing.assert_allclose(moved, [28, 36, 28], atol=0.001)
+
+
+def test_tracing_starts_from_nothing():
+    tree = trees.equal_leaves(64, 2)
+    rows = [step_time.compiling("AdaMod", tree, repeats=1) for _ in range(2)]
+    assert all(row["leaves"] == 2 and row["trace, ms"] > 0 for row in rows)
+
+
+def test_what_is_not_installed_is_left_out_and_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert torch_optimizers.missing() == set(torch_optimizers.NAMES)
+    options = step_time.Options(
+        rounds=2,
+        cases=("sizes",),
+        largest=1e3,
+        optimizers=("PyTorch Adam, fused",),
+        output=tmp_path,
+    )
+    (rows,) = step_time.main(options).values()
+    assert [row["optimizer"] for row in rows] == ["Adam"]
+    text = (tmp_path / "step_time.md").read_text()
+    assert "Not installed, so left out: PyTorch Adam, fused." in text
+
+
+@pytest.mark.parametrize(
+    ("nonsense", "message"),
+    [
+        ({"optimizers": ("SGD",)}, r"--optimizers: \['SGD'\] unknown"),
+        ({"cases": ("width",)}, r"--cases: \['width'\] unknown"),
+        ({"rounds": 0}, "--rounds must be at least 1, got 0"),
+    ],
+)
+def test_nonsense_is_refused(nonsense, message):
+    with pytest.raises(ValueError, match=message):
+        step_time.Options(**nonsense)
+
+
+def test_training_steps_train(monkeypatch):
+    def tiny(batch):
+        model = Transformer(1, 8, 2, 4, rngs=nnx.Rngs(0))
+        tokens = jnp.ones((batch, 4), int)
+        return model, tokens, tokens
+
+    monkeypatch.setitem(train_step.MODELS, "tiny", tiny)
+    training = train_step.Training("tiny", optimizers.ADAMOD, 2)
+    before = jax.tree.map(np.asarray, training.state[0])
+    training.run(3)
+    params, opt_state, _ = training.state
+    assert opt_state[0].count == 3
+    moved = jax.tree.map(lambda x, y: bool((x != y).any()), before, params)
+    assert any(jax.tree.leaves(moved))
+    assert trees.size(training.parameters) == sum(
+        x.size for x in jax.tree.leaves(params)
+    )
+
+
+def test_scaling_follows_the_bytes(monkeypatch):
+    monkeypatch.setattr(
+        scaling,
+        "compiled_bytes",
+        lambda chip: dict.fromkeys(list(optimizers.OPTIMIZERS)[:3], (36.0, 20.0)),
+    )
+    rows = scaling.table(scaling.CHIPS["v5p"], 8 * 10**9)
+    assert [row["chips"] for row in rows] == [8, 64, 256, 1024, 4096, 8960]
+    assert rows[0]["AdaMod: GB a chip"] == pytest.approx(20.0)
+    assert rows[0]["AdaMod: ms"] == pytest.approx(1e3 * 36e9 / 2765e9)
+    training = 6 * 8e9 * 2**22 / (0.4 * 459e12 * 8)
+    share = rows[0]["AdaMod: ms"] / 1e3 / (rows[0]["AdaMod: ms"] / 1e3 + training)
+    assert rows[0]["AdaMod: % of a step"] == pytest.approx(100 * share)
+
+
+HLO = """HloModule jit_update, is_scheduled=true
+
+%fused (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %m = f32[8]{0} multiply(%p, %p)
+}
+
+%command_buffer (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  ROOT %f = f32[8]{0} fusion(%a), kind=kLoop, calls=%fused
+}
+
+ENTRY %main (x: f32[8], y: s32[]) -> (f32[8], s32[]) {
+  %x = f32[8]{0:T(256)} parameter(0)
+  %y = s32[]{:T(128)} parameter(1)
+  %one = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)} add(%y, %one)
+  %c = f32[8]{0} call(%x), to_apply=%command_buffer
+  %g = f32[8]{0} all-gather-start(%c), dimensions={0}
+  ROOT %out = (f32[8]{0}, s32[]) tuple(%g, %next)
+}
+"""
+
+
+def test_a_programs_instructions():
+    assert compiled.instructions(HLO) == [
+        ("s32[]{:T(128)}", "add"),
+        ("f32[8]{0}", "fusion"),
+        ("f32[8]{0}", "all-gather-start"),
+    ]
+    assert "all-gather-start".startswith(compiled.COLLECTIVES)

@@ -1,0 +1,97 @@
+"""What do the compilers of GPUs and TPU pods make of one update?
+
+They come with the extra ``compiled`` and need no accelerator: ``pytest -m compiled``.
+"""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TARGETS = {
+    "H100": "jax_cuda13_plugin",
+    "v5e 16x16": "libtpu",
+    "v5p 8x8x8": "libtpu",
+    "2 slices of v5e 16x16": "libtpu",
+}
+pytestmark = pytest.mark.compiled
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def target(request, tmp_path_factory):
+    """The facts of one target: rows by tree and optimizer."""
+    package = TARGETS[request.param]
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed; the extra 'compiled' has it")
+    folder = tmp_path_factory.mktemp("compiled")
+    # In a process of its own, since libtpu is configured by the environment.
+    subprocess.run(
+        [
+            sys.executable, ROOT / "benchmarks" / "compiled.py",
+            "--targets", request.param, "--trees", "mixed", "matrix",
+            "--output", folder,
+        ],
+        check=True,
+    )  # fmt: skip
+    tables = json.loads((folder / "compiled.json").read_text())["tables"]
+    assert len(tables) == 2
+    return request.param, {
+        name: {row["optimizer"]: row for row in rows}
+        for title, rows in tables.items()
+        for name in ("mixed", "matrix")
+        if f", {name}:" in title
+    }
+
+
+def rows(facts):
+    return [(name, row) for tree in facts.values() for name, row in tree.items()]
+
+
+def test_no_collectives(target):
+    _, facts = target
+    assert [row["collectives"] for _, row in rows(facts)] == [0] * 6
+
+
+def test_no_temporaries(target):
+    _, facts = target
+    for _, row in rows(facts):
+        # Room for a few scalars a leaf; the smallest leaf has 2,048 parameters.
+        assert row["temporaries, bytes"] <= 2048 + 512 * row["leaves"]
+
+
+@pytest.mark.parametrize("tree", ["mixed", "matrix"])
+def test_no_more_kernels_than_adam(target, tree):
+    name, facts = target
+    adam, adamod = facts[tree]["Adam"], facts[tree]["AdaMod"]
+    assert 0 < adamod["kernels"] <= adam["kernels"] <= adam["leaves"]
+    if name == "H100":  # where a scalar takes a kernel too
+        assert adamod["of scalars"] <= adam["of scalars"]
+
+
+def test_bfloat16_takes_few_kernels_more(target):
+    _, facts = target
+    adam, adamod = (
+        facts["mixed"][x] for x in ("Adam", "AdaMod, bfloat16 mu and bound")
+    )
+    # On TPU, one of a few bytes for each shape of a leaf of rank 3.
+    assert 0 < adamod["kernels"] <= adam["kernels"] + 2
+    matrix = facts["matrix"]
+    assert matrix["AdaMod, bfloat16 mu and bound"]["kernels"] == 1
+
+
+def test_bytes_a_parameter(target):
+    _, facts = target
+    matrix = facts["matrix"]
+    for name, state, read, written in (
+        ("Adam", 8, 16, 12),
+        ("AdaMod", 12, 20, 16),
+        ("AdaMod, bfloat16 mu and bound", 8, 16, 12),
+    ):
+        # A TPU keeps the count in 512 bytes, which is 0.004 of a parameter's here.
+        assert [matrix[name][x] for x in ("state", "in", "out")] == pytest.approx(
+            [state, read, written], abs=0.01
+        )
