@@ -8,6 +8,7 @@ proves nothing about numerics or speed.
 """
 
 import dataclasses
+import functools
 import os
 import re
 import time
@@ -44,8 +45,19 @@ TARGETS = {
         platform="tpu", topology_name="v5e:16x16", num_slices=2
     ),
 }
-TREES = {"mixed": trees.mixed_leaves, "matrix": trees.matrix}
-PODS = {f"Llama 3 {size}": size for size in ("8B", "70B")}
+FLATTENED = "AdaMod in optax.flatten"
+COMPARED = {x: OPTIMIZERS[x] for x in (ADAM, ADAMOD, ADAMOD_BFLOAT16)}
+COMPARED[FLATTENED] = lambda: optax.flatten(OPTIMIZERS[ADAMOD]())
+TREES = {
+    "mixed": trees.mixed_leaves,
+    "matrix": trees.matrix,
+    "160 leaves": functools.partial(trees.equal_leaves, 160 * 2**17, 160),
+    "160 leaves, stacked": trees.stacked_leaves,
+    "Llama 3 8B": functools.partial(trees.llama3, "8B"),
+    "Llama 3 70B": functools.partial(trees.llama3, "70B"),
+}
+PODS_ALONE = ("Llama 3 8B", "Llama 3 70B")
+GPU_ALONE = ("160 leaves", "160 leaves, stacked")  # what a kernel's launch costs there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +66,13 @@ class Options:
 
     targets: tuple[str, ...] = tuple(TARGETS)
     """Which of the accelerators."""
-    trees: tuple[str, ...] = (*TREES, *PODS)
-    """Which of the trees of parameters; Llama's on pods alone."""
+    trees: tuple[str, ...] = tuple(TREES)
+    """Which of the trees of parameters; Llama's on pods alone, 160 leaves on GPU."""
     output: Path = report.RESULTS
     """Folder for the tables."""
 
     def __post_init__(self) -> None:
-        for name, known in (("targets", TARGETS), ("trees", TREES | PODS)):
+        for name, known in (("targets", TARGETS), ("trees", TREES)):
             if unknown := set(getattr(self, name)) - set(known):
                 raise ValueError(f"--{name}: {unknown} unknown; there are {[*known]}.")
 
@@ -85,35 +97,17 @@ def mesh(target: str) -> Mesh:
     return Mesh(np.asarray(topology.devices), ("fsdp",))
 
 
-def fully_sharded(tree: trees.Tree, mesh: Mesh) -> trees.Tree:
+def fully_sharded(tree: Any, mesh: Mesh) -> Any:
     """Splits each leaf over all devices, along its longest dimension that divides."""
 
     def sharded(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         divisible = [d for d, length in enumerate(leaf.shape) if not length % mesh.size]
-        longest = max(divisible, key=lambda d: leaf.shape[d])
-        spec = PartitionSpec(*[None] * longest, "fsdp")
-        return jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)
-        )
+        longest = max(divisible, key=lambda d: leaf.shape[d], default=None)
+        axes = () if longest is None else (*[None] * longest, "fsdp")
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return {name: sharded(leaf) for name, leaf in tree.items()}
-
-
-def state_like(
-    tx: optax.GradientTransformation, params: trees.Tree, mesh: Mesh
-) -> optax.OptState:
-    """Returns the optimizer's state as shapes, sharded as the parameters."""
-    return optax.tree.map_params(
-        tx,
-        lambda leaf, param: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=param.sharding
-        ),
-        jax.eval_shape(tx.init, params),
-        params,
-        transform_non_params=lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec())
-        ),
-    )
+    return jax.tree.map(sharded, tree)
 
 
 def instructions(hlo: str) -> list[tuple[str, str]]:
@@ -147,8 +141,8 @@ def instructions(hlo: str) -> list[tuple[str, str]]:
 def facts(optimizer: str, tree: trees.Tree, mesh: Mesh) -> dict[str, Any]:
     """Compiles the update; returns what the program consists of, for one chip."""
     params = fully_sharded(tree, mesh)
-    tx = OPTIMIZERS[optimizer]()
-    state = state_like(tx, params, mesh)
+    tx = COMPARED[optimizer]()
+    state = fully_sharded(jax.eval_shape(tx.init, params), mesh)
     lowered = jax.jit(step(tx), donate_argnums=DONATED).lower(params, state, params)
     start = time.process_time()
     compiled = lowered.compile()
@@ -198,20 +192,22 @@ def main(options: Options) -> dict[str, list[dict[str, Any]]]:
         "beside its kernels, a GPU in kernels of their own.",
     )
     tables = {}
-    for target in options.targets:
-        where = mesh(target)
-        for name in tqdm(options.trees, target):
-            if name in TREES:
-                tree = TREES[name]()
-            elif where.size > 1:
-                tree = trees.llama3(PODS[name])
-            else:
-                continue
-            title = f"{target} ({where.size} chips), {name}: {trees.size(tree):,}"
-            tables[f"{title} parameters"] = [
-                facts(optimizer, tree, where)
-                for optimizer in (ADAM, ADAMOD, ADAMOD_BFLOAT16)
-            ]
+    meshes = {target: mesh(target) for target in options.targets}
+    jobs = [
+        (target, name)
+        for name in options.trees
+        for target in options.targets
+        if name not in (GPU_ALONE if meshes[target].size > 1 else PODS_ALONE)
+    ]
+    for target, name in tqdm(jobs):
+        where, tree = meshes[target], TREES[name]()
+        title = f"{target} ({where.size} chips), {name}: {trees.size(tree):,}"
+        tables[f"{title} parameters"] = [
+            facts(optimizer, tree, where)
+            for optimizer in COMPARED
+            if optimizer != FLATTENED or name == "160 leaves"
+        ]
+        # After each, since the large ones take long.
         report.save("compiled", tables, options.output, notes=notes)
     return tables
 

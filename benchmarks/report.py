@@ -88,5 +88,4 @@ def save(
     for title, rows in tables.items():
         text += f"\n## {title}\n\n{table(rows)}\n"
     (folder / f"{name}.md").write_text(f"# {name}\n\n{text}")
-    print(text)
-    print(f"written: {folder / name}.json and .md")
+    print(f"\n{text}\nwritten: {folder / name}.json and .md")

@@ -50,6 +50,11 @@ def matrix() -> Tree:
     return _tree({"kernel": (8192, 8192)})
 
 
+def stacked_leaves() -> Tree:
+    """What 160 vectors of one size are when they are kept as one array."""
+    return _tree({"leaves": (160, 2**17)})
+
+
 def resnet50() -> Tree:
     """ResNet-50: 25.6 million parameters."""
     shapes: Shapes = {}
