@@ -13,18 +13,19 @@ import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import tyro
 from flax import nnx
 from tqdm import tqdm
 
-from optax_adamod import adamod
+from learning_rate_figure import plot
+from optax_adamod import ScaleByAdamodState, adamod, learning_rates, log10_histogram
 from transformer import Transformer
 
 CONTEXT = 64
@@ -32,9 +33,7 @@ BATCH = 32
 HEADS = 4
 B2 = 0.98  # the usual one of Transformers
 FINAL = 20  # the final loss is the mean over this many last steps
-# Okabe and Ito's colours, which the colour-blind tell apart.
-COLOURS = ("#D55E00", "#0072B2", "#CC79A7", "#009E73")
-LINES = ("-", "--", ":", "-")
+BINS = np.linspace(-6, 1, 71)  # of the learning rates, in powers of ten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,14 +130,26 @@ def train_step(
     return loss
 
 
+@jax.jit
+def count_rates(opt_state: Any, learning_rate: float) -> jax.Array:
+    """Returns how many coordinates of Adam or AdaMod have learning rates in each bin."""
+    state = opt_state[0]
+    if isinstance(state, optax.ScaleByAdamState):  # AdaMod without a bound
+        bound = jax.tree.map(lambda v: jnp.full_like(v, jnp.inf), state.nu)
+        state = ScaleByAdamodState(state.count, state.mu, state.nu, bound)
+    rates = learning_rates(state, learning_rate, b2=B2)
+    return log10_histogram(rates.bounded, BINS).counts
+
+
 def train(
     name: str,
     tx: optax.GradientTransformation,
     text: np.ndarray,
     seed: int,
     options: Options,
+    counts: list[np.ndarray] | None = None,
 ) -> list[float]:
-    """Returns the loss of every step."""
+    """Returns the loss of every step; appends the learning rates' to ``counts``."""
     model = Transformer(
         options.depth, options.width, HEADS, CONTEXT, rngs=nnx.Rngs(seed)
     )
@@ -148,6 +159,9 @@ def train(
     with tqdm(steps, f"{name}, seed {seed}", options.steps, unit="step") as progress:
         for _, windows in progress:
             losses.append(float(train_step(model, optimizer, windows)))
+            if counts is not None:
+                rates = count_rates(optimizer.opt_state, options.learning_rate)
+                counts.append(np.asarray(rates))
             progress.set_postfix(loss=f"{losses[-1]:.3f}")
     return losses
 
@@ -169,29 +183,6 @@ def table(runs: dict[str, list[list[float]]], seconds: dict[str, float]) -> str:
     return "\n".join(rows)
 
 
-def plot(runs: dict[str, list[list[float]]], path: Path) -> None:
-    """Draws the mean loss over the seeds, and their range as a band."""
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for (name, losses), colour, line in zip(runs.items(), COLOURS, LINES, strict=True):
-        curves = np.asarray(losses)
-        steps = 1 + np.arange(curves.shape[1])
-        axes.plot(steps, curves.mean(axis=0), line, color=colour, label=name)
-        axes.fill_between(
-            steps, curves.min(0), curves.max(0), color=colour, alpha=0.2, linewidth=0
-        )
-    axes.set(
-        xlabel="step",
-        ylabel="training loss, nats per byte",
-        title="Post-LN Transformer, one learning rate, no warm-up unless named",
-        ylim=(None, 5),
-    )
-    axes.margins(x=0)
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 def save_losses(runs: dict[str, list[list[float]]], path: Path) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -202,23 +193,34 @@ def save_losses(runs: dict[str, list[list[float]]], path: Path) -> None:
                     writer.writerow([name, seed, step, loss])
 
 
+import os
+
+dump = os.environ.get("DUMP")
+
+
 def main(options: Options) -> dict[str, list[list[float]]]:
     """Runs the comparison; returns the losses by optimizer, seed and step."""
     text = load_text(options.text)
     options.output.mkdir(parents=True, exist_ok=True)
     print(f"{len(text):,} bytes of text, on {jax.devices()[0].device_kind}")
     runs: dict[str, list[list[float]]] = {name: [] for name in optimizers(options)}
+    rates = {name: [] for name in (*runs,)[:1] + (*runs,)[-1:]}
     seconds = dict.fromkeys(runs, 0.0)
     for seed in range(options.seeds):
         for name, tx in optimizers(options).items():
             start = time.perf_counter()
-            runs[name].append(train(name, tx, text, seed, options))
+            counts = [] if name in rates else None
+            runs[name].append(train(name, tx, text, seed, options, counts))
+            if counts is not None:
+                rates[name].append(counts)
             seconds[name] += time.perf_counter() - start
     figure, losses = options.output / "losses.png", options.output / "losses.csv"
-    plot(runs, figure)
+    if dump:
+        np.savez(dump, bins=BINS, **{n: np.asarray(v) for n, v in rates.items()})
+    plot(runs, {name: np.sum(x, axis=0) for name, x in rates.items()}, BINS, figure)
     save_losses(runs, losses)
     print(table(runs, seconds))
-    print(f"loss curves: {figure}\nlosses of every step: {losses}")
+    print(f"figure: {figure}\nlosses of every step: {losses}")
     return runs
 
 

@@ -245,10 +245,11 @@ def _settings(hyperparams: dict[str, Any], **given: Any) -> dict[str, Any]:
             (given[name],) = jax.tree.leaves(hyperparams[name])
     for name, check in _CHECKS.items():
         given[name] = check(name, given[name])
-    if not callable(given["learning_rate"]) and not isinstance(
-        given["learning_rate"], jax.Array
-    ):
-        _checks.nonnegative("learning_rate", given["learning_rate"])
+    alpha = given["learning_rate"]
+    if hasattr(alpha, "__jax_array__"):  # a variable of Flax, which is callable
+        given["learning_rate"] = jnp.asarray(alpha)
+    elif not (callable(alpha) or isinstance(alpha, jax.Array)):
+        _checks.nonnegative("learning_rate", alpha)
     return given
 
 

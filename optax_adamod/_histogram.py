@@ -15,7 +15,7 @@ INT32_MAX = np.iinfo(np.int32).max  # coordinates that an int32 can count
 
 
 class Log10Histogram(NamedTuple):
-    """Numbers of coordinates by magnitude, int32, or int64 for 2**31 coordinates and more."""
+    """Numbers of coordinates by magnitude: int32, int64 if 2**31 or more in all."""
 
     counts: jax.Array  # one for each bin, which holds its lower edge.
     below: jax.Array  # shape=(), under the first edge, zeros too.
