@@ -5,15 +5,18 @@ import dataclasses
 import math
 import re
 import runpy
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 import low_precision_state as low_precision
 import warmup_free_transformer as example
+import watch_training
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -108,3 +111,40 @@ def test_command_line_says_what_is_wrong():
     assert result.returncode != 0
     assert "--depth must be at least 1, got 0." in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def events(folder):
+    """The events that TensorBoard would read: records of a length, and checksums."""
+    (file,) = folder.glob("events.out.tfevents.*")
+    data, position = file.read_bytes(), 0
+    while position < len(data):
+        (length,) = struct.unpack_from("<Q", data, position)
+        yield Event.FromString(data[position + 12 : position + 12 + length])
+        position += 12 + length + 4
+
+
+def test_tensorboard_reads_the_learning_rates(tmp_path):
+    watch_training.main(steps=20, output=tmp_path)
+    values = [(e.step, v) for e in events(tmp_path) for v in e.summary.value]
+    layers = [f"layers/{i}/{name}" for i in (0, 2) for name in ("bias", "kernel")]
+    scalars = {
+        (step, v.tag): v.simple_value for step, v in values if not v.HasField("histo")
+    }
+    tags = ["loss"] + [f"bound_{k}/{x}" for k in ("share", "factor") for x in layers]
+    assert set(scalars) == {(step, tag) for step in (10, 20) for tag in tags}
+    for (_, tag), value in scalars.items():
+        if tag.startswith("bound_share"):
+            assert 0.5 < value <= 1  # the bound has 1 / (1 - b3) steps to open
+        elif tag.startswith("bound_factor"):
+            assert 3 < value < 20
+    assert scalars[20, "loss"] < scalars[10, "loss"] < math.log(10) + 0.1
+    histograms = {step: v.histo for step, v in values if v.HasField("histo")}
+    assert list(histograms) == [10, 20]
+    for histogram in histograms.values():
+        # The pixels in the corners are always 0: their weights have no gradient.
+        assert 0.8 * 64 * 128 < sum(histogram.bucket) < 64 * 128 + 128 + 1280 + 10
+        assert histogram.num == sum(histogram.bucket)
+        assert len(histogram.bucket) == len(histogram.bucket_limit) == 42
+        assert np.all(np.diff(histogram.bucket_limit) > 0)
+    means = [h.sum / h.num for h in histograms.values()]
+    assert means[0] < means[1]  # it opens
