@@ -37,21 +37,14 @@ def plot(
     top = max(x.max() for x in shares.values())
     left, right = panels["first"], panels["second"]
     for axes, (name, share) in zip((left, right), shares.items(), strict=True):
-        image = axes.pcolormesh(
-            0.5 + np.arange(len(share) + 1),
-            10.0**bins,
-            share.T,
-            cmap="BuPu",
-            vmin=0,
-            vmax=top,
-            rasterized=True,
-        )
+        steps = 0.5 + np.arange(len(share) + 1)
+        axes.pcolormesh(steps, 10.0**bins, share.T, cmap="magma_r", vmin=0, vmax=top)
         axes.set(yscale="log", xlabel="step", title=f"Learning rates of {name}")
     left.set_ylabel("learning rate, parameter per gradient")
     right.sharey(left)
     right.tick_params(labelleft=False)
     figure.colorbar(
-        image,
+        left.collections[0],
         ax=[left, right],
         location="bottom",
         aspect=50,

@@ -264,26 +264,26 @@ def _leaf_rates(bound_rate, nu, bound):
 @jax.jit
 def _held(adaptive, bounded):
     """Share and median factor of one leaf."""
-    held = bounded < adaptive
-    number = _count(held)
-    share = number / _count(~jnp.isnan(adaptive))
-    # Bit by bit the largest number that at most half the factors are below: no more
-    # than sums leave a shard, where sorting would gather the leaf. Positive numbers
-    # have the order of their bits.
-    factor = (adaptive / bounded).astype(jnp.float32)
-    largest = np.int32(np.iinfo(np.int32).max)
-    bits = jnp.where(held, jax.lax.bitcast_convert_type(factor, jnp.int32), largest)
-    half = (number - 1) // 2
+    with _histogram.counting(adaptive.size) as dtype:
+        held = bounded < adaptive
+        number = jnp.sum(held, dtype=dtype)
+        share = number / jnp.sum(~jnp.isnan(adaptive), dtype=dtype)
+        # Digit by digit the largest number that at most half the factors are below,
+        # so that no more than counts leave a shard, where sorting would gather the
+        # leaf. Positive numbers have the order of their bits.
+        factor = (adaptive / bounded).astype(jnp.float32)
+        bits = jax.lax.bitcast_convert_type(factor, jnp.uint32)
+        bits = jnp.where(held, bits, np.uint32(0xFFFFFFFF))
+        above_half = adaptive.size - (number - 1) // 2
 
-    def narrow(i, low):
-        candidate = low | (jnp.int32(1) << (30 - i))
-        return jnp.where(_count(bits < candidate) <= half, candidate, low)
+        def narrow(i, low):
+            shift = (28 - 4 * i).astype(jnp.uint32)
+            candidates = low | (jnp.arange(1, 16, dtype=jnp.uint32) << shift)
+            at_least = _histogram.count_at_least(bits, candidates, dtype)
+            digit = jnp.sum(at_least >= above_half, dtype=jnp.uint32)
+            return low | (digit << shift)
 
-    median = jax.lax.fori_loop(0, 31, narrow, jnp.int32(0))
-    median = jax.lax.bitcast_convert_type(median, jnp.float32)
-    return share.astype(jnp.float32), jnp.where(number > 0, median, jnp.nan)
-
-
-def _count(mask: jax.Array) -> jax.Array:
-    with _histogram.counting(mask.size) as dtype:
-        return jnp.sum(mask, dtype=dtype)
+        bits = jax.lax.fori_loop(0, 8, narrow, jnp.uint32(0))
+        median = jax.lax.bitcast_convert_type(bits, jnp.float32)
+        median = jnp.where(number > 0, median, jnp.nan)
+        return share.astype(jnp.float32), median

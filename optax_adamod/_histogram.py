@@ -58,7 +58,7 @@ def log10_histogram(tree: Any, bins: Sequence[float] | np.ndarray) -> Log10Histo
     with counting(size) as dtype:
         at_least = jnp.zeros(1 + len(edges), dtype)
         for x in leaves:
-            at_least += _count_at_least(x, edges, dtype)
+            at_least += _count_magnitudes(x, edges, dtype)
         below, *_ = counts = at_least[:-1] - at_least[1:]
         return Log10Histogram(
             counts=counts[1:],
@@ -79,25 +79,32 @@ def counting(size: int) -> Iterator[np.dtype]:
 
 
 @functools.partial(jax.jit, static_argnames=("edges", "dtype"))
-def _count_at_least(x, edges: tuple[float, ...], dtype: np.dtype):
-    """How many magnitudes are at least 0, for NaN is not, and at least each edge."""
+def _count_magnitudes(x, edges: tuple[float, ...], dtype: np.dtype):
+    """How many are at least 0, for NaN is not, and at least each edge."""
     x = jnp.abs(x.astype(jnp.result_type(x, jnp.float32)))
     # XLA holds that magnitudes are at least 0, NaN or not.
     x = jnp.where(jnp.isnan(x), -1, x)
+    return count_at_least(x, np.asarray((0.0, *edges), x.dtype), dtype)
+
+
+def count_at_least(
+    x: jax.Array, edges: np.ndarray | jax.Array, dtype: np.dtype
+) -> jax.Array:
+    """Returns how many elements are at least each edge."""
     # XLA makes one pass of either on its platform. On CPU the second writes all the
     # comparisons to memory, elsewhere the first takes long to compile.
     return jax.lax.platform_dependent(
         x,
-        cpu=functools.partial(_count_together, (0.0, *edges), dtype),
-        default=functools.partial(_count_apart, (0.0, *edges), dtype),
+        edges,
+        cpu=functools.partial(_count_together, dtype),
+        default=functools.partial(_count_apart, dtype),
     )
 
 
-def _count_together(edges, dtype, x):
+def _count_together(dtype, x, edges):
     """One reduction of as many operands as there are edges."""
-    compared = [(x >= jnp.asarray(edge, x.dtype)).astype(dtype) for edge in edges]
     counts = jax.lax.reduce(
-        compared,
+        [(x >= edge).astype(dtype) for edge in edges],
         [np.zeros((), dtype)] * len(edges),
         lambda a, b: [p + q for p, q in zip(a, b, strict=True)],
         tuple(range(x.ndim)),
@@ -105,7 +112,7 @@ def _count_together(edges, dtype, x):
     return jnp.stack(counts)
 
 
-def _count_apart(edges, dtype, x):
+def _count_apart(dtype, x, edges):
     """One reduction over the comparisons with all edges."""
-    edges = jnp.asarray(edges, x.dtype).reshape((1,) * x.ndim + (-1,))
+    edges = edges.reshape((1,) * x.ndim + (-1,))
     return jnp.sum(x[..., None] >= edges, axis=tuple(range(x.ndim)), dtype=dtype)

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optax_adamod import (
+    LearningRates,
     ScaleByAdamodState,
     _histogram,
     held_by_bound,
@@ -107,6 +108,14 @@ def test_more_than_int32_counts(monkeypatch):
         histogram = count(tree, tuple(BINS))
         check(histogram, tree)
         assert all(x.dtype == np.int64 for x in histogram)
+    pair = LearningRates(tree["w"], np.minimum(tree["w"], 1))
+    many = held_by_bound(pair)
+    monkeypatch.undo()
+    jax.clear_caches()
+    few = held_by_bound(pair)
+    assert few.share == many.share
+    assert few.factor == many.factor
+    assert many.share.dtype == many.factor.dtype == np.float32
     jax.clear_caches()
 
 
