@@ -22,7 +22,7 @@ def plot(
 
     Args:
       runs: Losses by optimizer, seed and step.
-      rates: Of two of the optimizers, coordinates by step and bin.
+      rates: Of a run of two of the optimizers, coordinates by step and bin.
       bins: Edges of the bins, in powers of ten, a tenth of one apart.
       path: Where to save the figure.
     """
