@@ -27,8 +27,11 @@ def log10_histogram(tree: Any, bins: Sequence[float] | np.ndarray) -> Log10Histo
     r"""Counts the coordinates of a tree by the logarithm of their magnitude.
 
     The counting is done where the tree is, so that only the counts leave the devices,
-    whatever the sharding. On a CPU of 2 cores, the rates and their histogram in 32
-    bins take as long as TODO of the update, from ``python benchmarks/diagnostics.py``.
+    whatever the sharding. The bounded rates of 25 million parameters and their
+    histogram in 32 bins took 0.7 times as long as an update, on a busy CPU of 2 cores
+    (``python benchmarks/diagnostics.py``). Every leaf is compiled for itself, which
+    takes the longer the more bins there are; many small leaves on one device may be
+    concatenated.
 
     Args:
       tree: A tree of arrays, such as one of :class:`optax_adamod.LearningRates`.
