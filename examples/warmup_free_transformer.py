@@ -1,5 +1,7 @@
 """Trains a Post-LN Transformer with Adam, Adam with warm-up, RAdam and AdaMod.
 
+It draws their losses, and the learning rates that Adam and AdaMod used with seed 0.
+
 The text is the source of Python's own standard library, so that nothing has to be
 downloaded. Each optimizer starts from the same weights and sees the same batches.
 
@@ -13,18 +15,19 @@ import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import tyro
 from flax import nnx
 from tqdm import tqdm
 
-from optax_adamod import adamod
+from learning_rate_figure import plot
+from optax_adamod import ScaleByAdamodState, adamod, learning_rates, log10_histogram
 from transformer import Transformer
 
 CONTEXT = 64
@@ -32,9 +35,7 @@ BATCH = 32
 HEADS = 4
 B2 = 0.98  # the usual one of Transformers
 FINAL = 20  # the final loss is the mean over this many last steps
-# Okabe and Ito's colours, which the colour-blind tell apart.
-COLOURS = ("#D55E00", "#0072B2", "#CC79A7", "#009E73")
-LINES = ("-", "--", ":", "-")
+BINS = np.linspace(-4, 6, 101)  # of the learning rates, in powers of ten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,14 +132,31 @@ def train_step(
     return loss
 
 
+@jax.jit
+def count_rates(opt_state: Any, learning_rate: float) -> jax.Array:
+    """Counts the coordinates by the learning rate that Adam or AdaMod last used.
+
+    The first bin and the last hold what is beyond them; no gradient yet is no count.
+    """
+    state = opt_state[0]
+    if isinstance(state, optax.ScaleByAdamState):  # AdaMod without a bound
+        bound = jax.tree.map(lambda v: jnp.full_like(v, jnp.inf), state.nu)
+        state = ScaleByAdamodState(state.count, state.mu, state.nu, bound)
+    rates = jax.tree.leaves(learning_rates(state, learning_rate, b2=B2).bounded)
+    # Counted as one array, which compiles faster than a hundred.
+    counted = log10_histogram(jnp.concatenate([x.ravel() for x in rates]), BINS)
+    return counted.counts.at[0].add(counted.below).at[-1].add(counted.above)
+
+
 def train(
     name: str,
     tx: optax.GradientTransformation,
     text: np.ndarray,
     seed: int,
     options: Options,
+    counts: list[np.ndarray] | None = None,
 ) -> list[float]:
-    """Returns the loss of every step."""
+    """Returns the loss of every step; appends the learning rates' to ``counts``."""
     model = Transformer(
         options.depth, options.width, HEADS, CONTEXT, rngs=nnx.Rngs(seed)
     )
@@ -148,6 +166,9 @@ def train(
     with tqdm(steps, f"{name}, seed {seed}", options.steps, unit="step") as progress:
         for _, windows in progress:
             losses.append(float(train_step(model, optimizer, windows)))
+            if counts is not None:
+                rates = count_rates(optimizer.opt_state, options.learning_rate)
+                counts.append(np.asarray(rates))
             progress.set_postfix(loss=f"{losses[-1]:.3f}")
     return losses
 
@@ -169,29 +190,6 @@ def table(runs: dict[str, list[list[float]]], seconds: dict[str, float]) -> str:
     return "\n".join(rows)
 
 
-def plot(runs: dict[str, list[list[float]]], path: Path) -> None:
-    """Draws the mean loss over the seeds, and their range as a band."""
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for (name, losses), colour, line in zip(runs.items(), COLOURS, LINES, strict=True):
-        curves = np.asarray(losses)
-        steps = 1 + np.arange(curves.shape[1])
-        axes.plot(steps, curves.mean(axis=0), line, color=colour, label=name)
-        axes.fill_between(
-            steps, curves.min(0), curves.max(0), color=colour, alpha=0.2, linewidth=0
-        )
-    axes.set(
-        xlabel="step",
-        ylabel="training loss, nats per byte",
-        title="Post-LN Transformer, one learning rate, no warm-up unless named",
-        ylim=(None, 5),
-    )
-    axes.margins(x=0)
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 def save_losses(runs: dict[str, list[list[float]]], path: Path) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -208,17 +206,20 @@ def main(options: Options) -> dict[str, list[list[float]]]:
     options.output.mkdir(parents=True, exist_ok=True)
     print(f"{len(text):,} bytes of text, on {jax.devices()[0].device_kind}")
     runs: dict[str, list[list[float]]] = {name: [] for name in optimizers(options)}
+    adam, *_, ours = runs
+    rates: dict[str, list[np.ndarray]] = {adam: [], ours: []}
     seconds = dict.fromkeys(runs, 0.0)
     for seed in range(options.seeds):
         for name, tx in optimizers(options).items():
             start = time.perf_counter()
-            runs[name].append(train(name, tx, text, seed, options))
+            counts = rates.get(name) if seed == 0 else None
+            runs[name].append(train(name, tx, text, seed, options, counts))
             seconds[name] += time.perf_counter() - start
     figure, losses = options.output / "losses.png", options.output / "losses.csv"
-    plot(runs, figure)
+    plot(runs, {name: np.asarray(x) for name, x in rates.items()}, BINS, figure)
     save_losses(runs, losses)
     print(table(runs, seconds))
-    print(f"loss curves: {figure}\nlosses of every step: {losses}")
+    print(f"figure: {figure}\nlosses of every step: {losses}")
     return runs
 
 

@@ -6,5 +6,11 @@ from optax_adamod._adamod import ScaleByAdamodState as ScaleByAdamodState
 from optax_adamod._adamod import adamod as adamod
 from optax_adamod._adamod import adamodw as adamodw
 from optax_adamod._adamod import scale_by_adamod as scale_by_adamod
+from optax_adamod._diagnostics import HeldByBound as HeldByBound
+from optax_adamod._diagnostics import LearningRates as LearningRates
+from optax_adamod._diagnostics import held_by_bound as held_by_bound
+from optax_adamod._diagnostics import learning_rates as learning_rates
+from optax_adamod._histogram import Log10Histogram as Log10Histogram
+from optax_adamod._histogram import log10_histogram as log10_histogram
 
 __version__ = _version("optax-adamod")

@@ -102,6 +102,19 @@ def gradient(path: Any, g: Any, mu: jax.Array) -> None:
         )
 
 
+def log10_edges(bins: Any) -> tuple[float, ...]:
+    """Returns the edges of a histogram, given by their powers of ten."""
+    powers = np.asarray(bins, np.float64)
+    increasing = powers.ndim == 1 and powers.size > 1 and np.all(np.diff(powers) > 0)
+    # float32 holds no other powers of ten.
+    if not (increasing and powers[0] >= -37 and powers[-1] <= 38):
+        raise ValueError(
+            "bins must be at least two increasing powers of ten within [-37, 38], such "
+            f"as np.linspace(-8, 0, 33), got {bins!r}."
+        )
+    return tuple((10.0**powers).tolist())
+
+
 def _scalar(name: str, value: Any) -> float | jax.Array:
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value.item()

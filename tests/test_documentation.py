@@ -70,8 +70,13 @@ def test_readme_links_lead_somewhere():
 
 def test_public_names_are_in_readme():
     public = [name for name in vars(optax_adamod) if not name.startswith("_")]
-    assert set(public) == {"ScaleByAdamodState", "adamod", "adamodw", "scale_by_adamod"}
-    for name in ("adamod", "adamodw", "scale_by_adamod"):
+    states = {"ScaleByAdamodState", "LearningRates", "Log10Histogram", "HeldByBound"}
+    functions = {
+        "adamod", "adamodw", "scale_by_adamod",
+        "learning_rates", "log10_histogram", "held_by_bound",
+    }  # fmt: skip
+    assert set(public) == states | functions
+    for name in functions:
         assert re.search(rf"\b{name}\b", README)
 
 

@@ -5,15 +5,22 @@ import dataclasses
 import math
 import re
 import runpy
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
+import optax
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
+import learning_rate_figure
 import low_precision_state as low_precision
 import warmup_free_transformer as example
+import watch_training
+from optax_adamod import adamod
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -24,7 +31,14 @@ def test_quickstart_classifies_digits(capsys):
     assert float(accuracy) > 95
 
 
-def test_transformer_writes_losses_and_figure(tmp_path, capsys):
+def test_transformer_writes_losses_and_figure(tmp_path, capsys, monkeypatch):
+    drawn = []
+
+    def plot(runs, rates, bins, path):
+        drawn.append(rates)
+        learning_rate_figure.plot(runs, rates, bins, path)
+
+    monkeypatch.setattr(example, "plot", plot)
     options = example.Options(
         steps=24, depth=1, width=16, seeds=2, output=tmp_path / "new"
     )
@@ -35,6 +49,14 @@ def test_transformer_writes_losses_and_figure(tmp_path, capsys):
         # An untrained model is at ln 256, and learns which bytes are common first.
         assert np.all(np.abs(np.asarray(losses)[:, 0] - math.log(256)) < 1)
         assert np.all(np.asarray(losses)[:, -1] < np.asarray(losses)[:, 0] - 0.1)
+    (rates,) = drawn
+    assert list(rates) == ["Adam", "AdaMod, b3 0.99"]
+    centres = (example.BINS[1:] + example.BINS[:-1]) / 2
+    adam, ours = (x @ centres / x.sum(axis=1) for x in rates.values())
+    assert len(adam) == 24
+    # The bound opens as if it averaged a constant, for the first steps at least.
+    opened = np.log10(1 - 0.99 ** np.arange(1, 25))
+    assert np.all(np.abs(ours - adam - opened) < 0.3)
     printed = capsys.readouterr().out
     for name, losses in runs.items():
         mean = np.mean(np.asarray(losses)[:, -example.FINAL :])
@@ -47,6 +69,50 @@ def test_transformer_writes_losses_and_figure(tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert len(rows) == 4 * 2 * 24
     assert float(rows[-1]["loss"]) == runs[rows[-1]["optimizer"]][1][-1]
+
+
+def test_learning_rates_of_adam_and_adamod():
+    params = np.linspace(1e-3, 2e-2, 100, dtype=np.float32).reshape(4, 25)
+    counts = {}
+    for name, tx in {
+        "adam": optax.adam(3e-3, b2=example.B2),
+        "unbounded": adamod(3e-3, b2=example.B2, b3=0.0),
+        "bounded": adamod(3e-3, b2=example.B2, b3=0.99),
+    }.items():
+        tree = {"a": params, "b": params}
+        _, state = tx.update(tree, tx.init(tree))
+        counts[name] = np.asarray(example.count_rates(state, 3e-3))
+        assert counts[name].sum() == 200
+    np.testing.assert_array_equal(counts["adam"], counts["unbounded"])
+    # The first bound is a hundredth of the rate: two decades, of ten bins each.
+    np.testing.assert_array_equal(counts["adam"][20:], counts["bounded"][:-20])
+
+
+def test_three_panels(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(learning_rate_figure.plt, "close", figures.append)
+    bins = np.linspace(-1, 2, 31)
+    rates = {k: np.ones((5, 30)) for k in ("Adam", "AdaMod")}
+    rates["Adam"][3, 7] = 101
+    runs = {k: [[3.0, 2.0]] for k in ("Adam", "warm-up", "RAdam", "AdaMod")}
+    learning_rate_figure.plot(runs, rates, bins, tmp_path / "figure.png")
+    monkeypatch.undo()
+    (figure,) = figures
+    losses, left, right, colours = figure.axes
+    assert [x.get_label() for x in losses.lines] == list(runs)
+    assert losses.get_ylabel() == "training loss, nats per byte"
+    for axes, name in ((left, "Adam"), (right, "AdaMod")):
+        (mesh,) = axes.collections
+        share = rates[name] / rates[name].sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(mesh.get_array(), share.T)
+        assert mesh.get_clim() == (0, 101 / 130)
+        assert axes.get_title() == f"Learning rates of {name}"
+        assert (axes.get_xlabel(), axes.get_yscale()) == ("step", "log")
+        assert axes.get_xlim() == (0.5, 5.5)
+        np.testing.assert_allclose(axes.get_ylim(), (0.1, 100))
+    assert left.get_ylabel() == "learning rate, parameter per gradient"
+    assert "share of the coordinates" in colours.get_xlabel()
+    plt.close(figure)
 
 
 def test_low_precision_table(tmp_path, capsys):
@@ -108,3 +174,40 @@ def test_command_line_says_what_is_wrong():
     assert result.returncode != 0
     assert "--depth must be at least 1, got 0." in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def events(folder):
+    """The events that TensorBoard would read: records of a length, and checksums."""
+    (file,) = folder.glob("events.out.tfevents.*")
+    data, position = file.read_bytes(), 0
+    while position < len(data):
+        (length,) = struct.unpack_from("<Q", data, position)
+        yield Event.FromString(data[position + 12 : position + 12 + length])
+        position += 12 + length + 4
+
+
+def test_tensorboard_reads_the_learning_rates(tmp_path):
+    watch_training.main(steps=20, output=tmp_path)
+    values = [(e.step, v) for e in events(tmp_path) for v in e.summary.value]
+    layers = [f"layers/{i}/{name}" for i in (0, 2) for name in ("bias", "kernel")]
+    scalars = {
+        (step, v.tag): v.simple_value for step, v in values if not v.HasField("histo")
+    }
+    tags = ["loss"] + [f"bound_{k}/{x}" for k in ("share", "factor") for x in layers]
+    assert set(scalars) == {(step, tag) for step in (10, 20) for tag in tags}
+    for (_, tag), value in scalars.items():
+        if tag.startswith("bound_share"):
+            assert 0.5 < value <= 1  # the bound has 1 / (1 - b3) steps to open
+        elif tag.startswith("bound_factor"):
+            assert 3 < value < 20
+    assert scalars[20, "loss"] < scalars[10, "loss"] < math.log(10) + 0.1
+    histograms = {step: v.histo for step, v in values if v.HasField("histo")}
+    assert list(histograms) == [10, 20]
+    for histogram in histograms.values():
+        # The pixels in the corners are always 0: their weights have no gradient.
+        assert 0.8 * 64 * 128 < sum(histogram.bucket) < 64 * 128 + 128 + 1280 + 10
+        assert histogram.num == sum(histogram.bucket)
+        assert len(histogram.bucket) == len(histogram.bucket_limit) == 42
+        assert np.all(np.diff(histogram.bucket_limit) > 0)
+    means = [h.sum / h.num for h in histograms.values()]
+    assert means[0] < means[1]  # it opens

@@ -1,0 +1,121 @@
+"""Histograms that are counted where the arrays are."""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_adamod import _checks
+
+INT32_MAX = np.iinfo(np.int32).max  # coordinates that an int32 can count
+
+
+class Log10Histogram(NamedTuple):
+    """Numbers of coordinates by magnitude: int32, int64 if 2**31 or more in all."""
+
+    counts: jax.Array  # one for each bin, which holds its lower edge.
+    below: jax.Array  # shape=(), under the first edge, zeros too.
+    above: jax.Array  # shape=(), at the last edge or over it, infinities too.
+    nan: jax.Array  # shape=(), in learning rates: no gradient yet.
+
+
+def log10_histogram(tree: Any, bins: Sequence[float] | np.ndarray) -> Log10Histogram:
+    r"""Counts the coordinates of a tree by the logarithm of their magnitude.
+
+    The counting is done where the tree is, so that only the counts leave the devices,
+    whatever the sharding. The bounded rates of 25 million parameters and their
+    histogram in 32 bins took 0.7 times as long as an update, on a busy CPU of 2 cores
+    (``python benchmarks/diagnostics.py``). Every leaf is compiled for itself, which
+    takes the longer the more bins there are; many small leaves on one device may be
+    concatenated.
+
+    Args:
+      tree: A tree of arrays, such as one of :class:`optax_adamod.LearningRates`.
+      bins: Edges of the bins in powers of ten, increasing, within -37 and 38: ``k +
+        1`` edges for ``k`` bins. A bin holds its lower edge and not its upper one.
+
+    Returns:
+      The counts, of the bins, below and above them, and of NaN: together they are the
+      size of the tree. They are exact. Without 64-bit mode hand int64 to NumPy, not to
+      ``jnp``.
+
+    Raises:
+      ValueError: If ``bins`` is not such a sequence.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_adamod import log10_histogram
+      >>> histogram = log10_histogram(jnp.array([1e-3, 0.2, 0.5, 7.]), bins=[-2, -1, 0])
+      >>> print(histogram.counts, histogram.below, histogram.above, histogram.nan)
+      [0 2] 1 1 0
+
+    .. seealso:: :func:`optax_adamod.learning_rates`.
+    """
+    edges = _checks.log10_edges(bins)
+    leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree)]
+    size = sum(x.size for x in leaves)
+    with counting(size) as dtype:
+        at_least = jnp.zeros(1 + len(edges), dtype)
+        for x in leaves:
+            at_least += _count_magnitudes(x, edges, dtype)
+        below, *_ = counts = at_least[:-1] - at_least[1:]
+        return Log10Histogram(
+            counts=counts[1:],
+            below=below,
+            above=at_least[-1],
+            nan=jnp.asarray(size, dtype) - at_least[0],
+        )
+
+
+@contextlib.contextmanager
+def counting(size: int) -> Iterator[np.dtype]:
+    """Gives a dtype that counts to ``size``, and lets JAX use it."""
+    if size <= INT32_MAX:
+        yield np.dtype(np.int32)
+    else:
+        with jax.enable_x64(True):
+            yield np.dtype(np.int64)
+
+
+@functools.partial(jax.jit, static_argnames=("edges", "dtype"))
+def _count_magnitudes(x, edges: tuple[float, ...], dtype: np.dtype):
+    """How many are at least 0, for NaN is not, and at least each edge."""
+    x = jnp.abs(x.astype(jnp.result_type(x, jnp.float32)))
+    # XLA holds that magnitudes are at least 0, NaN or not.
+    x = jnp.where(jnp.isnan(x), -1, x)
+    return count_at_least(x, np.asarray((0.0, *edges), x.dtype), dtype)
+
+
+def count_at_least(
+    x: jax.Array, edges: np.ndarray | jax.Array, dtype: np.dtype
+) -> jax.Array:
+    """Returns how many elements are at least each edge."""
+    # XLA makes one pass of either on its platform. On CPU the second writes all the
+    # comparisons to memory, elsewhere the first takes long to compile.
+    return jax.lax.platform_dependent(
+        x,
+        edges,
+        cpu=functools.partial(_count_together, dtype),
+        default=functools.partial(_count_apart, dtype),
+    )
+
+
+def _count_together(dtype, x, edges):
+    """One reduction of as many operands as there are edges."""
+    counts = jax.lax.reduce(
+        [(x >= edge).astype(dtype) for edge in edges],
+        [np.zeros((), dtype)] * len(edges),
+        lambda a, b: [p + q for p, q in zip(a, b, strict=True)],
+        tuple(range(x.ndim)),
+    )
+    return jnp.stack(counts)
+
+
+def _count_apart(dtype, x, edges):
+    """One reduction over the comparisons with all edges."""
+    edges = edges.reshape((1,) * x.ndim + (-1,))
+    return jnp.sum(x[..., None] >= edges, axis=tuple(range(x.ndim)), dtype=dtype)

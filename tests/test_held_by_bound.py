@@ -1,0 +1,48 @@
+"""Are the share that the bound holds, and the median factor, NumPy's?"""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from optax_adamod import LearningRates, held_by_bound
+
+
+def numpy_held(adaptive, bounded):
+    held = bounded < adaptive
+    factors = (adaptive / bounded)[held].astype(np.float32)
+    return (
+        np.float32(held.sum() / (~np.isnan(adaptive)).sum()),
+        np.quantile(factors, 0.5, method="lower"),
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("size", [1, 2, 3, 10, 1001])
+def test_what_the_bound_holds(size, dtype, x64):
+    rng = np.random.default_rng(size)
+    adaptive = rng.lognormal(sigma=3, size=(size, 7)).astype(dtype)
+    bound = rng.lognormal(sigma=3, size=(size, 7)).astype(dtype)
+    adaptive[0, :2], bound[0, :2] = (np.nan, 9.0), (1.0, 1.0)
+    rates = LearningRates({"a": adaptive}, {"a": np.minimum(adaptive, bound)})
+    held = jax.jit(held_by_bound)(jax.tree.map(jnp.asarray, rates))
+    share, factor = numpy_held(adaptive, np.minimum(adaptive, bound))
+    chex.assert_trees_all_close(tuple(held), ({"a": share}, {"a": factor}), rtol=2e-7)
+    assert held.factor["a"].dtype == held.share["a"].dtype == np.float32
+
+
+def test_nothing_to_hold():
+    nan, zero = jnp.full(3, jnp.nan), jnp.zeros((0, 2))
+    one = jnp.asarray(1.0)
+    rates = LearningRates([nan, zero, one], [nan, zero, one])
+    share, factor = held_by_bound(rates)
+    np.testing.assert_array_equal(share, [np.nan, np.nan, 0.0])
+    np.testing.assert_array_equal(factor, [np.nan] * 3)
+
+
+def test_factors_that_are_alike():
+    held = held_by_bound(LearningRates(jnp.full(5, 6.0), jnp.full(5, 2.0)))
+    assert held == (1.0, 3.0)
+    infinite = held_by_bound(LearningRates(jnp.full(5, jnp.inf), jnp.full(5, 2.0)))
+    assert infinite == (1.0, np.inf)

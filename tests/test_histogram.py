@@ -1,0 +1,213 @@
+"""Does the histogram count every coordinate once, on any device and sharding?"""
+
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from optax_adamod import (
+    LearningRates,
+    ScaleByAdamodState,
+    _histogram,
+    held_by_bound,
+    learning_rates,
+    log10_histogram,
+)
+
+BINS = np.linspace(-3, 2, 11)
+
+
+def numpy_counts(tree, bins=BINS):
+    """What Log10Histogram holds, by numpy.histogram."""
+    x = np.concatenate([np.abs(np.ravel(x)) for x in jax.tree.leaves(tree)])
+    x = x.astype(np.float64)
+    nan = np.isnan(x)
+    with np.errstate(divide="ignore"):
+        powers = np.log10(x[~nan])
+    inner = powers[powers < bins[-1]]  # numpy.histogram counts its last edge in
+    return (
+        np.histogram(inner, bins)[0],
+        np.sum(powers < bins[0]),
+        len(powers) - len(inner),
+        nan.sum(),
+    )
+
+
+def check(histogram, tree):
+    chex.assert_trees_all_equal(tuple(map(np.asarray, histogram)), numpy_counts(tree))
+
+
+def rates(shape, dtype=np.float32, seed=0):
+    x = np.random.default_rng(seed).lognormal(sigma=4, size=shape).astype(dtype)
+    x.flat[:5] = np.nan, np.inf, 0, -0.02, np.finfo(dtype).tiny
+    return x
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+def test_against_numpy(dtype, x64):
+    tree = {
+        "w": jnp.asarray(rates((30, 50))).astype(dtype),
+        "b": jnp.asarray(rates(33, seed=1)).astype(dtype),
+    }
+    assert all(np.all(np.asarray(x) > 0) for x in numpy_counts(tree))
+    check(log10_histogram(tree, BINS), tree)
+    check(jax.jit(lambda tree: log10_histogram(tree, BINS))(tree), tree)
+
+
+def test_kinds_of_leaves():
+    tree = [
+        jnp.asarray(3 + 4j), 7, 0.02, np.ones((0, 3)), None, np.int8(-3), jnp.ones(2),
+    ]  # fmt: skip
+    check(log10_histogram(tree, BINS), tree)
+    counts = log10_histogram(tree, BINS).counts
+    assert counts.dtype == jnp.int32
+    assert counts.sum() == 7 - 1
+    assert [x.tolist() for x in log10_histogram({}, [0, 1])] == [[0], 0, 0, 0]
+
+
+def test_edges_belong_to_the_bin_above():
+    x = jnp.asarray([1.0, 10.0, 100.0, 1000.0], jnp.float32)
+    histogram = log10_histogram(x, [0, 1, 2])
+    assert histogram.counts.tolist() == [1, 1]
+    assert (histogram.below, histogram.above) == (0, 2)
+    assert log10_histogram(x, [1, 2, 3]).below == 1
+
+
+@pytest.mark.parametrize("count", ["_count_together", "_count_apart"])
+def test_both_ways_to_count(count, monkeypatch):
+    """One is for CPUs, the other for all else: here each takes both places."""
+    way = getattr(_histogram, count)
+    used = []
+
+    def spy(*arguments):
+        used.append(count)
+        return way(*arguments)
+
+    jax.clear_caches()
+    for name in ("_count_together", "_count_apart"):
+        monkeypatch.setattr(_histogram, name, spy)
+    for shape in ((7, 11, 13), (31,), (5, 40)):
+        x = rates(shape)
+        check(log10_histogram(x, BINS), x)
+    assert used
+    assert log10_histogram(jnp.asarray(3.0), [0, 1]).counts.tolist() == [1]
+    jax.clear_caches()
+
+
+def test_more_than_int32_counts(monkeypatch):
+    """The same in int64, which no test can fill."""
+    jax.clear_caches()
+    monkeypatch.setattr(_histogram, "INT32_MAX", 400)
+    tree = {"w": rates((30, 50)), "b": rates(33, seed=1)}
+    for count in (log10_histogram, jax.jit(log10_histogram, static_argnums=1)):
+        histogram = count(tree, tuple(BINS))
+        check(histogram, tree)
+        assert all(x.dtype == np.int64 for x in histogram)
+    pair = LearningRates(tree["w"], np.minimum(tree["w"], 1))
+    many = held_by_bound(pair)
+    monkeypatch.undo()
+    jax.clear_caches()
+    few = held_by_bound(pair)
+    assert few.share == many.share
+    assert few.factor == many.factor
+    assert many.share.dtype == many.factor.dtype == np.float32
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("shape", [(2**31,), (2**20, 2**13)])
+def test_leaves_of_more_than_int32_counts(shape):
+    """Compiled alone, for they would not fit into memory."""
+    assert jnp.zeros(0).dtype == np.float32  # not in 64-bit mode
+    leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+    small = jax.ShapeDtypeStruct((2**31 - 1,), jnp.float32)
+    count = jax.jit(lambda x: log10_histogram(x, BINS))
+    text = count.lower(leaf).as_text()
+    assert re.search(r"reduce.*tensor<i64>", text)
+    assert "i64>" not in re.sub(r"dimensions? = .*", "", count.lower(small).as_text())
+    assert jax.eval_shape(count, leaf).counts.dtype == np.int64
+    assert jax.eval_shape(count, small).counts.dtype == np.int32
+    assert jax.eval_shape(count, [small, small]).nan.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    "bins",
+    [32, [], [0.0], [0.0, 0.0], [1, 0], [0, np.nan], [[0, 1]], [-38, 0], [0, 39]],
+    ids=str,
+)
+def test_bins_that_are_none(bins):
+    message = r"^bins must be at least two increasing .*got " + re.escape(repr(bins))
+    with pytest.raises(ValueError, match=message):
+        log10_histogram(jnp.ones(3), bins)
+
+
+def state(shape, sharding=None):
+    nu, bound = (jnp.asarray(abs(rates(shape, seed=i))) for i in (0, 1))
+    nu = jnp.where(jnp.isfinite(nu), nu, 0.0)
+    averages = ({"w": jax.device_put(x, sharding)} for x in (nu, nu, 1 + bound))
+    return ScaleByAdamodState(jnp.asarray(10, jnp.int32), *averages)
+
+
+def watch(state):
+    rates = learning_rates(state, 3.0)
+    return (
+        jax.tree.map(lambda x: log10_histogram(x, BINS), rates, is_leaf=is_leaf),
+        held_by_bound(rates),
+    )
+
+
+def is_leaf(x):
+    return isinstance(x, dict)
+
+
+def collectives(text):
+    """The number of elements of every array that leaves a device."""
+    found = re.findall(r"= (.*?) (?:all-|collective-|reduce-scatter)[\w-]*\(", text)
+    shapes = re.findall(r"[a-z]\d+\[([\d,]*)\]", " ".join(found))
+    return [int(np.prod([int(n) for n in s.split(",") if n])) for s in shapes]
+
+
+@pytest.mark.parametrize(
+    ("spec", "axis_type"),
+    [
+        (P("a"), AxisType.Auto),
+        (P(None, "b"), AxisType.Auto),
+        (P(("b", "a")), AxisType.Auto),
+        (P("a", "b"), AxisType.Explicit),
+        (P(), AxisType.Explicit),
+    ],
+    ids=str,
+)
+def test_only_counts_leave_a_shard(spec, axis_type):
+    assert len(jax.devices()) == 8
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(axis_type,) * 2)
+    shape = 64, 32
+    expected = jax.jit(watch)(state(shape))
+    assert expected[0].adaptive.nan == 3
+    assert 0.1 < expected[1].share["w"] < 0.9
+    with jax.set_mesh(mesh):
+        sharded = state(shape, NamedSharding(mesh, spec))
+        compiled = jax.jit(watch).lower(sharded).compile()
+        sizes = collectives(compiled.as_text())
+        assert bool(sizes) == (spec != P())
+        # Every shard's counts, in all 24 numbers for each of the two rates.
+        assert max(sizes, default=0) <= 8 * 2 * (len(BINS) + 1)
+        actual = compiled(sharded)
+        chex.assert_trees_all_equal(jax.device_get(actual), jax.device_get(expected))
+        for rate in learning_rates(sharded, 3.0):
+            assert rate["w"].sharding.is_equivalent_to(sharded.nu["w"].sharding, 2)
+
+
+def test_nothing_of_the_parameters_size_is_written():
+    averages = state((512, 512))
+
+    def histogram(state):
+        return log10_histogram(learning_rates(state, 3.0).bounded, BINS)
+
+    memory = jax.jit(histogram).lower(averages).compile().memory_analysis()
+    assert memory.argument_size_in_bytes > 2 * 512 * 512 * 4
+    assert memory.output_size_in_bytes + memory.temp_size_in_bytes < 4096
