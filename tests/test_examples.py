@@ -10,17 +10,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from tensorboardX.proto.event_pb2 import Event
 
 import learning_rate_figure
 import low_precision_state as low_precision
 import warmup_free_transformer as example
 import watch_training
-from optax_adamod import adamod
+from optax_adamod import adamod, learning_rates
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -211,3 +213,25 @@ def test_tensorboard_reads_the_learning_rates(tmp_path):
         assert np.all(np.diff(histogram.bucket_limit) > 0)
     means = [h.sum / h.num for h in histograms.values()]
     assert means[0] < means[1]  # it opens
+
+
+def test_tensorboard_buckets_hold_the_rates_up_to_their_limits(tmp_path):
+    params = nnx.State({"w": nnx.Param(np.geomspace(1e-9, 1e7, 60, dtype=np.float32))})
+    tx = adamod(watch_training.LEARNING_RATE, b3=0.99)
+    _, state = tx.update(params, tx.init(params))
+    with watch_training.SummaryWriter(str(tmp_path)) as writer:
+        watch_training.write(writer, state, 1)
+    (histogram,) = (
+        v.histo
+        for e in events(tmp_path)
+        for v in e.summary.value
+        if v.HasField("histo")
+    )
+    rates = learning_rates(state, watch_training.LEARNING_RATE).bounded
+    (rates,) = jax.tree.leaves(rates)
+    limits = np.asarray(histogram.bucket_limit)
+    limits[-1] = np.inf
+    expected, _ = np.histogram(np.log10(rates), [-np.inf, *limits])
+    np.testing.assert_array_equal(histogram.bucket, expected)
+    assert expected[0] > 0  # below the bins
+    assert expected[-1] > 0  # above them
