@@ -1,6 +1,6 @@
 """Several JAX processes on this machine, as on several hosts of a pod."""
 
-import multiprocessing
+import multiprocessing.connection
 import signal
 import socket
 import sys
@@ -40,7 +40,7 @@ def run(count: int, devices: int, target: Callable[..., None], *args: Any) -> No
     for process in processes:
         process.start()
 
-    def pass_on(signum: int, _: Any) -> None:
+    def pass_on(*_: Any) -> None:
         # As schedulers do, to all of them.
         for process in processes:
             if process.is_alive():
@@ -64,13 +64,14 @@ def _watch(processes: list[Any]) -> list[str]:
     running = list(processes)
     while running:
         sentinels = [process.sentinel for process in running]
-        multiprocessing.connection.wait(sentinels, ENDING if failures else None)
-        ended = [process for process in running if not process.is_alive()]
+        ready = multiprocessing.connection.wait(sentinels, ENDING if failures else None)
+        ended = [process for process in running if process.sentinel in ready]
         if not ended:
             names = ", ".join(process.name for process in running)
             return [*failures, f"{names} had not ended {ENDING} s later"]
         for process in ended:
             running.remove(process)
+            process.join()
             code = process.exitcode
             if code:
                 how = f"was killed by {signal.Signals(-code).name}" if code < 0 else ""

@@ -26,6 +26,13 @@ class Checkpoints:
 
     def __init__(self, folder: Path):
         self.folder = folder.absolute()
+        if jax.process_index() == 0:
+            for path in self.folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                warnings.warn(
+                    f"the checkpoint {path} was not finished when a run ended. It is "
+                    "deleted, and the one before it is used.",
+                    stacklevel=2,
+                )
         self._manager = self._open()
         self._saving: int | None = None  # the step whose save is under way
 
@@ -131,7 +138,7 @@ class Checkpoints:
         # Every process for itself, so that none waits for one that fails.
         process = jax.process_index()
         options = ocp.CheckpointManagerOptions(
-            read_only=True,
+            create=False,
             multiprocessing_options=ocp.options.MultiprocessingOptions(
                 primary_host=process,
                 active_processes={process},

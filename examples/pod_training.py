@@ -75,11 +75,11 @@ class Options:
     save_every: int = 50
     """Steps between checkpoints."""
     local_processes: int = 0
-    """Start this many processes on this machine: 1, 2, 4 or 8, which share 8 devices."""
+    """Start so many processes on this machine, 1, 2, 4 or 8, that share 8 devices."""
     distributed: bool = False
     """Join the other processes of a TPU pod, or of a Slurm or Kubernetes job."""
     output: Path = Path("outputs/pod_training")
-    """Folder of the checkpoints and of metrics.csv; resumes where it has checkpoints."""
+    """Folder of checkpoints and metrics.csv; resumes where it has checkpoints."""
     text: Path = Path(sysconfig.get_path("stdlib"))
     """Folder whose .py files are the text."""
 
@@ -286,7 +286,7 @@ def report(metrics: Metrics | None, progress: tqdm, step: int, values: Any) -> N
     )
     if metrics:
         metrics.rows.append((step, loss, skipped))
-    progress.set_postfix(loss=f"{loss:.3f}", skipped=skipped)
+    progress.set_postfix(loss=f"{loss:.3f}", skipped=skipped, refresh=False)
     if in_a_row >= MAX_SKIPPED:
         raise RuntimeError(
             f"the gradients of the {in_a_row} steps up to {step} were not finite; the "
