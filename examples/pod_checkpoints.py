@@ -104,6 +104,7 @@ class Checkpoints:
           ValueError: If a checkpoint is of another tree or of other shapes.
           OSError: If there are checkpoints, and none can be read.
         """
+        self.wait()
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             state, problem = None, None
@@ -116,15 +117,17 @@ class Checkpoints:
             if _everywhere(problem is None):
                 return step, state
             reason = problem or "another process could not read its part"
-            path = self.folder / str(step)
-            aside = self.folder / f"{step}.unreadable"
             warnings.warn(
-                f"the checkpoint {path} cannot be read: {_brief(reason)}. It is now "
-                f"{aside}, and the one before it is used.",
+                f"the checkpoint {self.folder / str(step)} cannot be read: "
+                f"{_brief(reason)}. It is renamed {step}.unreadable, and the one "
+                "before it is used.",
                 stacklevel=2,
             )
             if jax.process_index() == 0:
-                path.rename(aside)
+                aside = self.folder / f"{step}.unreadable"
+                while aside.exists():
+                    aside = aside.with_name(f"{aside.name}.too")
+                (self.folder / str(step)).rename(aside)
             multihost_utils.sync_global_devices(f"put checkpoint {step} aside")
             self._manager.reload()
         if steps:
@@ -152,7 +155,10 @@ class Checkpoints:
                 multiprocessing_options=options.multiprocessing_options
             ),
         ) as manager:
-            _check_tree(self.folder / str(step), manager.item_metadata(step), like)
+            metadata = manager.item_metadata(step)
+            if not jax.tree.leaves(metadata):
+                raise OSError("what it holds is not on record")
+            _check_tree(self.folder / str(step), metadata, like)
             return manager.restore(step, args=ocp.args.StandardRestore(like))
 
     def close(self) -> None:
