@@ -86,6 +86,9 @@ def _start(
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # A step that fails with a dead process is to be the last one: what is sent ahead
+    # of the next would reach the others in the middle of this one.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.distributed.initialize(
         address,
         count,

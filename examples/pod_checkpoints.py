@@ -7,6 +7,7 @@ what is missing.
 """
 
 import contextlib
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ class Checkpoints:
     """Saves a run's state while it goes on, and finds the newest that can be read."""
 
     def __init__(self, folder: Path):
+        # Orbax logs every failed save as several tracebacks; here it is one warning.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.folder = folder.absolute()
         if jax.process_index() == 0:
             for path in self.folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
