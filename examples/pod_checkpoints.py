@@ -105,7 +105,7 @@ class Checkpoints:
 
         Raises:
           ValueError: If a checkpoint is of another tree or of other shapes.
-          OSError: If there are checkpoints, and none can be read.
+          OSError: If there are, or were, checkpoints and none can be read.
         """
         self.wait()
         steps = sorted(self._manager.all_steps(), reverse=True)
@@ -133,7 +133,8 @@ class Checkpoints:
                 (self.folder / str(step)).rename(aside)
             multihost_utils.sync_global_devices(f"put checkpoint {step} aside")
             self._manager.reload()
-        if steps:
+        # Also the next time, lest a run that has lost them begins anew unnoticed.
+        if steps or any(self.folder.glob("*.unreadable")):
             raise OSError(
                 f"no checkpoint in {self.folder} can be read. To start from the first "
                 "step, give another folder with --output."

@@ -21,7 +21,6 @@ bound that opens anew, where ``adam_state`` was restored with ``optax.adam``'s o
     state = optax.tree.set(state, **kept)
 """
 
-import csv
 import dataclasses
 import functools
 import os
@@ -29,7 +28,6 @@ import signal
 import sys
 import sysconfig
 import threading
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +45,7 @@ from tqdm import tqdm
 import local_processes
 from optax_adamod import adamod
 from pod_checkpoints import Checkpoints
+from pod_metrics import Metrics
 from transformer import Transformer
 from warmup_free_transformer import B2, BATCH, CONTEXT, HEADS, load_text
 
@@ -196,36 +195,6 @@ def batch(text: np.ndarray, seed: int, step: int, mesh: jax.sharding.Mesh) -> ja
     )
 
 
-class Metrics:
-    """A CSV file, written to by process 0, that a restart continues."""
-
-    FIELDS = ("step", "loss", "skipped")
-
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        self.rows: list[tuple[Any, ...]] = []  # not yet in the file
-        kept = []
-        if path.exists():
-            with path.open(newline="") as file:
-                kept = [r for r in csv.reader(file) if r[0].isdigit()]
-        kept = [row for row in kept if int(row[0]) <= step]
-        with path.with_suffix(".new").open("w", newline="") as file:
-            csv.writer(file).writerows([self.FIELDS, *kept])
-        path.with_suffix(".new").replace(path)
-
-    def write(self) -> None:
-        """Appends all rows or, if the disk is full, none: they wait for the next."""
-        size = self.path.stat().st_size
-        try:
-            with self.path.open("a", newline="") as file:
-                csv.writer(file).writerows(self.rows)
-        except OSError as error:
-            os.truncate(self.path, size)
-            warnings.warn(f"{self.path} was not written: {error}", stacklevel=2)
-        else:
-            self.rows.clear()
-
-
 def train(options: Options) -> None:
     """Trains up to the last step, from the newest checkpoint if there is one."""
     mesh = make_mesh(options.fsdp)
@@ -328,7 +297,13 @@ def main(options: Options) -> None:
         local_processes.run(options.local_processes, devices, run, options)
         return
     if options.distributed:
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise ValueError(
+                "--distributed is for TPU pods, Slurm and Kubernetes, and JAX finds "
+                f"none of them: {error}"
+            ) from error
     else:
         jax.config.update("jax_num_cpu_devices", DEVICES)
     run(options)

@@ -248,6 +248,8 @@ def test_damaged_checkpoints_are_named_and_put_aside(run, tmp_path):
         pytest.raises(OSError, match=r"no checkpoint in .* can be read"),
     ):
         checkpoints.restore(like)
+    with pytest.raises(OSError, match=r"no checkpoint in .* can be read"):
+        checkpoints.restore(like)
     checkpoints.close()
 
 

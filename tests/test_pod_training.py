@@ -17,6 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec as P
 
 import pod_checkpoints
+import pod_metrics
 import pod_training as pod
 
 SMALL = pod.Options(steps=8, depth=1, width=8, save_every=4)
@@ -145,7 +146,7 @@ def test_metrics_wait_for_room_on_the_disk(tmp_path, monkeypatch):
     metrics = pod.Metrics(tmp_path / "metrics.csv", 0)
     metrics.rows.append((1, 2.0, 0))
     with monkeypatch.context() as context:
-        context.setattr(pod.csv, "writer", lambda file: HalfWriter(file))
+        context.setattr(pod_metrics.csv, "writer", HalfWriter)
         with pytest.warns(UserWarning, match="was not written: .*No space"):
             metrics.write()
     metrics.rows.append((2, 1.5, 0))
@@ -219,6 +220,16 @@ def test_batches_depend_on_seed_and_step_alone():
 def test_nonsense_is_refused(nonsense, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SMALL, **nonsense)
+
+
+def test_distributed_needs_a_cluster(tmp_path, monkeypatch):
+    def initialize():
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    options = dataclasses.replace(SMALL, distributed=True, output=tmp_path)
+    with pytest.raises(ValueError, match="Slurm and Kubernetes, and JAX finds none"):
+        pod.main(options)
 
 
 def test_mesh_that_does_not_fit_is_refused():
