@@ -36,6 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import tyro
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
@@ -214,6 +215,9 @@ def train(options: Options) -> None:
         print(f"on {where} of {jax.process_count()} processes, after step {first}")
     metrics = Metrics(options.output / "metrics.csv", first) if is_main else None
     train_step = make_train_step(graph, like)
+    train_step = train_step.lower(state, batch(text, options.seed, 0, mesh)).compile()
+    # All at once: CPU's collectives wait half a minute for a process, and no longer.
+    ocp.multihost.sync_global_processes("compiled")
     terminated = on_sigterm()
     previous = None
     progress = tqdm(
