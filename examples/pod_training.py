@@ -28,7 +28,6 @@ import signal
 import sys
 import sysconfig
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +151,7 @@ def abstract_state(options: Options, mesh: jax.sharding.Mesh) -> tuple[Any, Any]
     )
 
 
-def make_train_step(graph: Any, like: Any) -> Callable[..., Any]:
+def make_train_step(graph: Any, like: Any) -> jax.stages.Wrapped:
     """Returns the jitted step: (state, windows) -> (state, metrics)."""
 
     # Donated: the new state takes the old one's memory.
