@@ -11,6 +11,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -141,6 +142,22 @@ def _real_dtype(*values: Any) -> np.dtype:
     return jnp.result_type(jnp.float32, *dtypes)
 
 
+def _zeros_like(param: Any, dtype: np.dtype) -> jax.Array:
+    """Zeros sharded as ``param``, each shard made on its own device."""
+    if isinstance(param, jax.Array) and not isinstance(param, jax.core.Tracer):
+        sharding = param.sharding
+        if (
+            isinstance(sharding, jax.sharding.NamedSharding)
+            and sharding.num_devices > 1
+        ):
+            # Outside jit, jnp.zeros_like makes them all on one device, and copies.
+            zeros_like = jax.jit(
+                jnp.zeros_like, static_argnames="dtype", out_shardings=sharding
+            )
+            return zeros_like(param, dtype=dtype)
+    return jnp.zeros_like(param, dtype=dtype)
+
+
 def _mu_dtype(param: Any, mu_dtype: np.dtype | None) -> np.dtype:
     dtype = jnp.result_type(param)
     if mu_dtype is None:
@@ -266,7 +283,7 @@ def scale_by_adamod(
         _checks.parameters(params)
 
         def zeros(dtype_of):
-            return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype_of(p)), params)
+            return jax.tree.map(lambda p: _zeros_like(p, dtype_of(p)), params)
 
         return ScaleByAdamodState(
             count=jnp.zeros([], jnp.int32),

@@ -133,15 +133,3 @@ def test_init_from_shapes():
 def test_state_has_no_weak_types():
     state = scale_by_adamod().init({"weak": jnp.asarray(1.0), "python": 1.0})
     assert not any(x.weak_type for x in jax.tree.leaves(state))
-
-
-def test_state_is_sharded_as_its_parameters():
-    devices = jax.devices()
-    mesh = jax.make_mesh(
-        (len(devices),), ("x",), axis_types=(jax.sharding.AxisType.Auto,)
-    )
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
-    params = jax.device_put(jnp.ones(8 * len(devices)), sharding)
-    state = scale_by_adamod().init(params)
-    for leaf in (state.mu, state.nu, state.bound):
-        assert leaf.sharding == sharding

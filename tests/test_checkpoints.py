@@ -1,0 +1,284 @@
+"""Does Orbax save and restore the whole state, on any devices, without a bit lost?"""
+
+import shutil
+import textwrap
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import pod_training
+from optax_adamod import ScaleByAdamodState, adamod
+from pod_checkpoints import Checkpoints
+
+TX = optax.chain(
+    optax.clip(1.0),
+    adamod(
+        optax.linear_schedule(0.1, 0.0, 20),
+        b3=0.9,
+        mu_dtype="bfloat16",
+        bound_dtype="bfloat16",
+    ),
+)
+SHAPES = {"w": (8, 16), "b": (16,)}
+
+
+@pytest.fixture(autouse=True)
+def eight_devices():
+    assert jax.device_count() == 8, "conftest.py asks for 8 CPU devices"
+
+
+def sharding(devices):
+    """A function of a leaf, for a mesh of so many devices."""
+    shape = (2, devices // 2) if devices > 1 else (1, 1)
+    mesh = jax.make_mesh(
+        shape,
+        ("data", "fsdp"),
+        axis_types=(AxisType.Auto,) * 2,
+        devices=jax.devices()[:devices],
+    )
+
+    def of(leaf):
+        return NamedSharding(mesh, P("data", "fsdp") if leaf.ndim == 2 else P())
+
+    return of
+
+
+def arrays(step):
+    rng = np.random.default_rng(step)
+    return {k: rng.normal(size=s).astype(np.float32) for k, s in SHAPES.items()}
+
+
+def put(tree, of):
+    return jax.tree.map(lambda x: jax.device_put(x, of(x)), tree)
+
+
+def abstract(tree, of):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=of(x)), tree
+    )
+
+
+def train(params, state, steps, of):
+    """Updates with gradients that are data: no sum whose order a mesh decides."""
+    update = jax.jit(TX.update)
+    for step in steps:
+        updates, state = update(put(arrays(step), of), state, params)
+        params = jax.jit(optax.apply_updates)(params, updates)
+    return params, state
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder with the checkpoint of step 3 on 8 devices, and its steps 3 and 6."""
+    of = sharding(8)
+    params = put(arrays(0), of)
+    third = train(params, TX.init(params), range(1, 4), of)
+    folder = tmp_path_factory.mktemp("run")
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(3, third)
+    checkpoints.close()
+    return folder, third, train(*third, range(4, 7), of)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+def test_restored_on_other_devices(run, devices):
+    folder, third, sixth = run
+    of = sharding(devices)
+    checkpoints = Checkpoints(folder)
+    step, restored = checkpoints.restore(abstract(third, of))
+    checkpoints.close()
+    assert step == 3
+    for leaf in jax.tree.leaves(restored):
+        assert len(leaf.sharding.device_set) == devices
+        assert leaf.sharding.is_equivalent_to(of(leaf), leaf.ndim)
+    chex.assert_trees_all_equal(*jax.device_get((restored, third)))
+    continued = train(*restored, range(4, 7), of)
+    chex.assert_trees_all_equal(*jax.device_get((continued, sixth)))
+
+
+def test_named_tuples_and_dtypes_survive(run):
+    folder, third, _ = run
+    with ocp.CheckpointManager(folder) as manager:
+        like = abstract(third, sharding(8))
+        _, state = manager.restore(3, args=ocp.args.StandardRestore(like))
+    (_, (adamod_state, schedule_state)) = state
+    assert type(adamod_state) is ScaleByAdamodState
+    assert type(schedule_state) is optax.ScaleByScheduleState
+    assert jax.tree.structure(state) == jax.tree.structure(third[1])
+    chex.assert_trees_all_equal_dtypes(state, third[1])
+    assert adamod_state.mu["w"].dtype == adamod_state.bound["w"].dtype == jnp.bfloat16
+
+
+def nnx_run(seed):
+    model = nnx.Linear(4, 8, rngs=nnx.Rngs(seed))
+    return model, nnx.Optimizer(model, TX, wrt=nnx.Param)
+
+
+@nnx.jit
+def nnx_step(model, optimizer, x):
+    gradients = nnx.grad(lambda model: jnp.mean((model(x) - 1) ** 2))(model)
+    optimizer.update(model, gradients)
+
+
+def test_through_nnx(tmp_path):
+    x = np.random.default_rng(0).normal(size=(6, 16, 4)).astype(np.float32)
+    run, restored = nnx_run(seed=0), nnx_run(seed=1)
+    for step in range(3):
+        nnx_step(*run, x[step])
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, nnx.state(run))
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, nnx.state(restored))
+    _, state = checkpoints.restore(like)
+    checkpoints.close()
+    nnx.update(restored, state)
+    _, (adamod_state, _) = restored[1].opt_state
+    assert type(adamod_state) is ScaleByAdamodState
+    assert adamod_state.count[...] == 3
+    for step in range(3, 6):
+        for each in (run, restored):
+            nnx_step(*each, x[step])
+    chex.assert_trees_all_equal(*map(nnx.state, (restored, run)))
+
+
+@pytest.fixture
+def adam_run(tmp_path):
+    """A folder with a checkpoint of optax.adam, its parameters and its state."""
+    tx = optax.adam(0.1)
+    params = {k: jnp.asarray(x) for k, x in arrays(0).items()}
+    _, state = tx.update(params, tx.init(params))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"params": params, "opt_state": state})
+    checkpoints.close()
+    return tmp_path, params, state
+
+
+def test_checkpoint_of_adam_is_refused_by_name(adam_run):
+    folder, params, _ = adam_run
+    checkpoints = Checkpoints(folder)
+    like = {"params": params, "opt_state": adamod(0.1).init(params)}
+    with pytest.raises(
+        ValueError,
+        match=r"1 lacks opt_state\.0\.bound \(2 arrays\)\. It is not of AdaMod",
+    ):
+        checkpoints.restore(like)
+    checkpoints.close()
+    assert (folder / "1").exists()  # it is good, and stays where it is
+
+
+def test_orbax_itself_names_the_missing_tree(adam_run):
+    folder, params, _ = adam_run
+    like = {"params": params, "opt_state": adamod(0.1).init(params)}
+    with (
+        ocp.CheckpointManager(folder) as manager,
+        pytest.raises(ValueError, match=r"do not match:\nopt_state.*bound:"),
+    ):
+        manager.restore(1, args=ocp.args.StandardRestore(like))
+
+
+def test_three_lines_carry_adam_over(adam_run):
+    """Those of pod_training.py's docstring, as they stand there."""
+    folder, params, saved = adam_run
+    checkpoints = Checkpoints(folder)
+    adam = {"params": params, "opt_state": optax.adam(0.1).init(params)}
+    _, restored = checkpoints.restore(adam)
+    checkpoints.close()
+    recipe = pod_training.__doc__.split("own tree:\n")[1]
+    names = {"adam_state": restored["opt_state"], "params": params}
+    names |= {"adamod": adamod, "optax": optax, "learning_rate": 0.1}
+    exec(textwrap.dedent(recipe), names)
+    assert len(recipe.strip().splitlines()) == 3
+    state = names["state"]
+    chex.assert_trees_all_equal(state[0][:3], saved[0][:3])
+    chex.assert_trees_all_equal(state[0].bound, jax.tree.map(jnp.zeros_like, params))
+    assert jax.tree.structure(state) == jax.tree.structure(adamod(0.1).init(params))
+    _, state = adamod(0.1).update(params, state)
+    assert state[0].count == 2
+
+
+def test_other_shapes_are_refused_by_name(run):
+    folder, third, _ = run
+    checkpoints = Checkpoints(folder)
+    like = abstract(third, sharding(8))
+    like[0]["w"] = jax.ShapeDtypeStruct((8, 32), jnp.float32)
+    with pytest.raises(
+        ValueError, match=r"0\.w of shape \(8, 16\), but the model's is of \(8, 32\)"
+    ):
+        checkpoints.restore(like)
+    checkpoints.close()
+
+
+def cut(folder):
+    """Halves every file of data in a checkpoint."""
+    files = list(folder.rglob("d/*"))
+    assert files
+    for file in files:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+# Of the reads that it has under way when one fails, Orbax leaves callbacks behind.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_damaged_checkpoints_are_named_and_put_aside(run, tmp_path):
+    _, third, sixth = run
+    like = abstract(third, sharding(8))
+    checkpoints = Checkpoints(tmp_path)
+    for step, state in ((3, third), (6, sixth), (7, sixth)):
+        checkpoints.save(step, state)
+    checkpoints.wait()
+    cut(tmp_path / "7")
+    with pytest.warns(UserWarning, match=r"/7 cannot be read: .*renamed 7\.unreadable"):
+        step, state = checkpoints.restore(like)
+    assert step == 6
+    chex.assert_trees_all_equal(*jax.device_get((state, sixth)))
+    assert (tmp_path / "7.unreadable").exists()
+    checkpoints.save(7, sixth)  # as training will, when it comes there again
+    checkpoints.wait()
+    assert checkpoints.restore(like)[0] == 7
+    for step in (3, 6, 7):
+        cut(tmp_path / str(step))
+    with (
+        pytest.warns(UserWarning, match="cannot be read"),
+        pytest.raises(OSError, match=r"no checkpoint in .* can be read"),
+    ):
+        checkpoints.restore(like)
+    with pytest.raises(OSError, match=r"no checkpoint in .* can be read"):
+        checkpoints.restore(like)
+    checkpoints.close()
+
+
+def test_missing_metadata_counts_as_damage(run, tmp_path):
+    folder, third, _ = run
+    shutil.copytree(folder / "3", tmp_path / "3")
+    shutil.copytree(folder / "3", tmp_path / "4")
+    (tmp_path / "4" / "default" / "_METADATA").unlink()
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.warns(UserWarning, match="/4 cannot be read"):
+        step, _ = checkpoints.restore(abstract(third, sharding(8)))
+    checkpoints.close()
+    assert step == 3
+
+
+def test_unfinished_checkpoints_are_named(run, tmp_path):
+    folder, third, _ = run
+    shutil.copytree(folder / "3", tmp_path / "3")
+    shutil.copytree(folder / "3", tmp_path / f"4{ocp.utils.TMP_DIR_SUFFIX}")
+    with pytest.warns(UserWarning, match="/4.* was not finished when a run ended"):
+        checkpoints = Checkpoints(tmp_path)
+    step, _ = checkpoints.restore(abstract(third, sharding(8)))
+    checkpoints.close()
+    assert step == 3
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["3"]
+
+
+def test_empty_folder_has_nothing_to_restore(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "new")
+    assert checkpoints.restore({"w": jnp.ones(3)}) is None
+    assert checkpoints.newest() is None
+    checkpoints.close()

@@ -1,0 +1,208 @@
+"""Is the state sharded as its parameters, always, and does sharding change no bit?"""
+
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from optax_adamod import adamod, adamodw, scale_by_adamod
+
+BFLOAT16 = {f"{name}_dtype": "bfloat16" for name in ("mu", "nu", "bound")}
+SPECS = {"w": P("data", "fsdp"), "v": P(None, "fsdp"), "b": P("fsdp"), "scale": P()}
+SHAPES = {"w": (8, 16), "v": (3, 8), "b": (12,), "scale": ()}
+DTYPES = {"w": "float16", "v": "bfloat16", "b": "float32", "scale": "float32"}
+COLLECTIVE = re.compile(
+    r"\b(all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|"
+    r"reduce-scatter)(-start)?\("
+)
+AXES = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+STATES = pytest.mark.parametrize("dtypes", [{}, BFLOAT16], ids=["own", "bfloat16"])
+CONVENTIONS = pytest.mark.parametrize("convention", ["paper", "torch"])
+
+
+@pytest.fixture(autouse=True)
+def eight_devices():
+    assert jax.device_count() == 8, "conftest.py asks for 8 CPU devices"
+
+
+def make_mesh(axis_type=AxisType.Auto):
+    return jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(axis_type,) * 2)
+
+
+def arrays(step=0):
+    """Parameters, or the gradients of a step: data, whatever the optimizer does."""
+    rng = np.random.default_rng(step)
+    return {k: rng.normal(size=s).astype(np.float32) for k, s in SHAPES.items()}
+
+
+def shard(tree, mesh):
+    return {
+        k: jax.device_put(x, NamedSharding(mesh, SPECS[k])) for k, x in tree.items()
+    }
+
+
+def averages(state):
+    return {name: optax.tree.get(state, name) for name in ("mu", "nu", "bound")}
+
+
+def train(tx, put, steps=3):
+    """Returns the parameters, updates and state after some steps."""
+    params = put(arrays())
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    updates = None
+    for step in range(1, steps + 1):
+        updates, state = update(put(arrays(step)), state, params)
+        params = jax.jit(optax.apply_updates)(params, updates)
+    return params, updates, state
+
+
+@AXES
+@STATES
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jitted"])
+def test_types_of_the_state_never_change(axis_type, dtypes, jitted):
+    """Shape, dtype and, with explicit axes, sharding are an array's type."""
+    mesh = make_mesh(axis_type)
+    tx = adamodw(0.1, **dtypes)
+    init, update = (jax.jit(tx.init), jax.jit(tx.update)) if jitted else tx
+    with jax.set_mesh(mesh):
+        params = shard({k: x.astype(DTYPES[k]) for k, x in arrays().items()}, mesh)
+        state = init(params)
+        updates, new_state = update(params, state, params)
+        types = jax.tree.map(jax.typeof, (state, params))
+        assert jax.tree.map(jax.typeof, (new_state, updates)) == types
+        if axis_type == AxisType.Explicit:
+            for average in averages(types[0]).values():
+                assert {k: t.sharding.spec for k, t in average.items()} == SPECS
+
+
+@AXES
+@STATES
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jitted"])
+def test_state_is_sharded_as_its_parameters(axis_type, dtypes, jitted):
+    """From init on, where no device may hold, or send, more than its own shards."""
+    mesh = make_mesh(axis_type)
+    tx = scale_by_adamod(**dtypes)
+    params = shard(arrays(), mesh)
+    with jax.set_mesh(mesh), jax.transfer_guard_device_to_device("disallow_explicit"):
+        state = tx.init(params)
+    update = jax.jit(tx.update) if jitted else tx.update
+    for each in (state, update(params, state)[1]):
+        for average in averages(each).values():
+            for name, leaf in average.items():
+                assert leaf.sharding.is_equivalent_to(params[name].sharding, leaf.ndim)
+                assert len(leaf.addressable_shards) == 8
+
+
+def test_state_made_under_jit_takes_the_shardings_asked_for():
+    mesh = make_mesh()
+    tx = scale_by_adamod()
+    shardings = {k: NamedSharding(mesh, spec) for k, spec in SPECS.items()}
+    state = jax.jit(
+        tx.init,
+        out_shardings=type(tx.init(arrays()))(
+            NamedSharding(mesh, P()), shardings, shardings, shardings
+        ),
+    )(shard(arrays(), mesh))
+    assert {k: x.sharding for k, x in state.bound.items()} == shardings
+    chex.assert_trees_all_equal(state.bound, jax.tree.map(np.zeros_like, arrays()))
+
+
+@AXES
+@CONVENTIONS
+def test_same_bits_as_on_one_device(axis_type, convention):
+    """Of bfloat16 averages, test_rounding.py asks the same."""
+    tx = adamodw(optax.linear_schedule(0.1, 0.0, 8), b3=0.9, convention=convention)
+    expected = train(tx, lambda tree: jax.device_put(tree, jax.devices()[0]))
+    mesh = make_mesh(axis_type)
+    with jax.set_mesh(mesh):
+        actual = train(tx, lambda tree: shard(tree, mesh))
+    chex.assert_trees_all_equal(*jax.device_get((actual, expected)))
+    assert np.any(expected[1]["w"] != 0)
+
+
+@AXES
+@STATES
+def test_no_collective_in_the_compiled_update(axis_type, dtypes):
+    mesh = make_mesh(axis_type)
+    tx = adamodw(0.1, **dtypes)
+
+    def step(params, state, gradients):
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    with jax.set_mesh(mesh):
+        params = shard(arrays(), mesh)
+        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(
+            params, tx.init(params), params
+        )
+        text = lowered.compile().as_text()
+        # What is looked for is there to be found where parts are added up.
+        norm = jax.jit(optax.tree.norm).lower(params).compile().as_text()
+    assert COLLECTIVE.search(norm)
+    assert not COLLECTIVE.findall(text)
+
+
+def test_ensemble_sharded_over_devices():
+    """Eight members, one on each device: each as if it were alone."""
+    mesh = make_mesh()
+    tx = adamod(0.1, b3=0.9)
+    over = NamedSharding(mesh, P(("data", "fsdp")))
+    members = [arrays(seed) for seed in range(8)]
+    params = jax.device_put(jax.tree.map(lambda *x: np.stack(x), *members), over)
+    state = jax.jit(jax.vmap(tx.init), out_shardings=over)(params)
+    update = jax.jit(jax.vmap(tx.update))
+    compiled = update.lower(params, state).compile()
+    assert not COLLECTIVE.findall(compiled.as_text())
+    for _ in range(3):
+        updates, state = update(params, state)
+    for leaf in jax.tree.leaves((updates, state)):
+        assert leaf.sharding.is_equivalent_to(over, leaf.ndim)
+    one_update = jax.jit(tx.update)
+    for i, member in enumerate(members):
+        one_state = tx.init(member)
+        for _ in range(3):
+            expected, one_state = one_update(member, one_state)
+        actual = jax.tree.map(lambda x, i=i: np.asarray(x)[i], (updates, state))
+        chex.assert_trees_all_close(actual, (expected, one_state), rtol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["pmap", "shard_map"])
+def test_data_parallel_replicas_stay_alike(how):
+    """Every replica averages the gradients of all, and takes the same step."""
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+    tx = adamod(0.1, b3=0.9)
+    gradients = np.random.default_rng(0).normal(size=(3, 8, 16)).astype(np.float32)
+    params = np.linspace(-1, 1, 16, dtype=np.float32)
+
+    def step(params, state, g):
+        g = jax.lax.pmean(g, "batch")
+        updates, state = tx.update(g.reshape(16), state, params)
+        return optax.apply_updates(params, updates), state
+
+    if how == "pmap":
+        step = jax.pmap(step, axis_name="batch", in_axes=(None, None, 0), out_axes=None)
+    else:
+        step = jax.jit(
+            jax.shard_map(
+                step, mesh=mesh, in_specs=(P(), P(), P("batch")), out_specs=P()
+            )
+        )
+    actual, state = jnp.asarray(params), tx.init(params)
+    expected, one_state = params, tx.init(params)
+    for g in gradients:
+        actual, state = step(actual, state, g)
+        updates, one_state = tx.update(g.mean(axis=0), one_state, expected)
+        expected = optax.apply_updates(expected, updates)
+    chex.assert_trees_all_close((actual, state), (expected, one_state), rtol=1e-5)
+    for leaf in jax.tree.leaves((actual, state)):
+        copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+        assert len(copies) == 8
+        for copy in copies:
+            np.testing.assert_array_equal(copy, copies[0])

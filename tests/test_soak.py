@@ -1,0 +1,68 @@
+"""Does a hundred thousand updates leave memory, traces and numbers as they were?"""
+
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from optax_adamod import adamod
+
+UPDATES = 100_000
+STATM = Path("/proc/self/statm")
+LARGEST = np.iinfo(np.int32).max
+
+
+def resident_bytes():
+    """Memory of this process, as the system sees it."""
+    return int(STATM.read_text().split()[1]) * 4096
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not STATM.exists(), reason="reads its own size from /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_soak(dtype):
+    """Non-finite gradients, sleeping coordinates that wake, and a count that ends."""
+    tx = optax.apply_if_finite(
+        adamod(1e-3, mu_dtype=dtype, nu_dtype=dtype, bound_dtype=dtype), 1000
+    )
+    params = {"w": jnp.zeros((4, 8)), "b": jnp.zeros(8)}
+    asleep = 5000  # steps that half of the coordinates sleep, and then are awake
+
+    chex.clear_trace_counter()  # which knows functions by name
+
+    @chex.assert_max_traces(n=1)
+    def step(params, state, i):
+        kick = jnp.where(i % 997 == 7, jnp.nan, jnp.where(i % 1009 == 8, jnp.inf, 1.0))
+
+        def gradient(p):
+            awake = (jnp.arange(8) % 2 == 0) | (i // asleep % 2 == 1)
+            return jnp.where(awake, p - jnp.sin(i / 100.0), 0.0) * kick
+
+        updates, state = tx.update(jax.tree.map(gradient, params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(step, donate_argnums=(0, 1))
+    state = tx.init(params)
+    start = jnp.asarray(LARGEST - UPDATES // 2, jnp.int32)
+    state = optax.tree.set(state, count=start)
+    memory, arrays = [], []
+    for i in range(UPDATES):
+        params, state = step(params, state, np.int32(i))
+        if i % (UPDATES // 10) == 0:
+            chex.assert_tree_all_finite((params, state))
+            assert max(np.abs(params["w"]).max(), np.abs(params["b"]).max()) < 2
+            arrays.append(len(jax.live_arrays()))
+            memory.append(resident_bytes())
+    chex.assert_tree_all_finite((params, state))
+    bad = sum(i % 997 == 7 or i % 1009 == 8 for i in range(UPDATES))
+    assert bad > 190
+    assert state.total_notfinite == bad
+    assert state.notfinite_count == 0
+    assert optax.tree.get(state, "count") == LARGEST
+    # Flat once the first tenth has warmed up what there is to warm up.
+    assert len(set(arrays[1:])) == 1
+    assert memory[-1] - memory[1] < 2**20
