@@ -26,3 +26,11 @@ def x64():
         pytest.skip("TPUs have no complex128 and emulate float64")
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def eight_devices():
+    """What tests of sharding need; a machine may have fewer accelerators."""
+    if jax.default_backend() != "cpu" and jax.device_count() != 8:
+        pytest.skip(f"needs 8 devices, and JAX has {jax.device_count()} here")
+    assert jax.device_count() == 8

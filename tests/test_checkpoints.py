@@ -29,10 +29,7 @@ TX = optax.chain(
 )
 SHAPES = {"w": (8, 16), "b": (16,)}
 
-
-@pytest.fixture(autouse=True)
-def eight_devices():
-    assert jax.device_count() == 8, "conftest.py asks for 8 CPU devices"
+pytestmark = pytest.mark.usefixtures("eight_devices")
 
 
 def sharding(devices):

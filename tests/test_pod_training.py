@@ -22,10 +22,7 @@ import pod_training as pod
 
 SMALL = pod.Options(steps=8, depth=1, width=8, save_every=4)
 
-
-@pytest.fixture(autouse=True)
-def eight_devices():
-    assert jax.device_count() == 8, "conftest.py asks for 8 CPU devices"
+pytestmark = pytest.mark.usefixtures("eight_devices")
 
 
 @pytest.fixture(autouse=True, scope="module")

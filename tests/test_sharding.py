@@ -25,10 +25,7 @@ AXES = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], 
 STATES = pytest.mark.parametrize("dtypes", [{}, BFLOAT16], ids=["own", "bfloat16"])
 CONVENTIONS = pytest.mark.parametrize("convention", ["paper", "torch"])
 
-
-@pytest.fixture(autouse=True)
-def eight_devices():
-    assert jax.device_count() == 8, "conftest.py asks for 8 CPU devices"
+pytestmark = pytest.mark.usefixtures("eight_devices")
 
 
 def make_mesh(axis_type=AxisType.Auto):
