@@ -161,7 +161,7 @@ def held_by_bound(rates: LearningRates) -> HeldByBound:
 
     The bound holds a coordinate where :math:`s_t < \eta_t`, by the factor
     :math:`\eta_t / s_t`. The median takes eight passes over the rates: with 25 million
-    parameters as long as five updates on a busy CPU of 2 cores (``python
+    parameters as long as seven updates on a CPU of 2 cores (``python
     benchmarks/diagnostics.py``). Ask for it now and then.
 
     Args:

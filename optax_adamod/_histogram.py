@@ -28,8 +28,8 @@ def log10_histogram(tree: Any, bins: Sequence[float] | np.ndarray) -> Log10Histo
 
     The counting is done where the tree is, so that only the counts leave the devices,
     whatever the sharding. The bounded rates of 25 million parameters and their
-    histogram in 32 bins took 0.7 times as long as an update, on a busy CPU of 2 cores
-    (``python benchmarks/diagnostics.py``). Every leaf is compiled for itself, which
+    histogram in 32 bins took as long as one update, on a CPU of 2 cores (``python
+    benchmarks/diagnostics.py``). Every leaf is compiled for itself, which
     takes the longer the more bins there are; many small leaves on one device may be
     concatenated.
 
