@@ -138,7 +138,7 @@ def test_heat_map(tmp_path, monkeypatch):
 
 def test_sweep_runs(tmp_path, capsys):
     options = sweep.Options(
-        rates=(1e-3,), steps=41, early=20, warmup=4, depth=1, width=8, batch=8,
+        rates=(1e-3,), steps=41, early=20, warmup=4, depth=1, width=4, batch=4,
         output=tmp_path,
     )  # fmt: skip
     history = sweep.main(options)
