@@ -1,0 +1,202 @@
+"""Pairs of sentences as batches of tokens: byte-pair encoding, buckets, padding."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import grain
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from .locale_pairs import Pair, locale_pairs
+
+PAD, END = 0, 1  # END also begins the decoder's input, as in fairseq
+IWSLT14 = "bbaaaa/iwslt14-de-en"
+SPLITS = ("train", "validation", "test")
+
+Encoded = tuple[list[int], list[int]]  # source and target, each closed by END
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """German and English sentences."""
+
+    train: list[Pair]
+    validation: list[Pair]
+    test: list[Pair]
+
+
+def laptop_pairs(held_out: int = 500) -> Pairs:
+    """Returns Babel's pairs, ``held_out`` of them for each of validation and test."""
+    pairs = locale_pairs()
+    return Pairs(
+        pairs[2 * held_out :], pairs[:held_out], pairs[held_out : 2 * held_out]
+    )
+
+
+def iwslt14_pairs(folder: Path | None = None) -> Pairs:
+    """Returns IWSLT'14, lower-cased, with the splits that fairseq's recipe makes.
+
+    Args:
+      folder: Holds train, validation and test as .parquet, .jsonl or .json files, rows
+        of the form ``{"translation": {"de": ..., "en": ...}}``. None for the copy on
+        the Hugging Face Hub, which is downloaded once.
+
+    Returns:
+      160,239 pairs to train on, 7,283 for validation, 6,750 for the test.
+
+    Raises:
+      ValueError: If a file is missing or has other columns, or the download fails.
+    """
+    import datasets  # seconds, which the laptop's size need not wait for
+
+    if folder is not None:
+        files = {split: _file_of(folder, split) for split in SPLITS}
+        (kind,) = {"json" if ".json" in x.suffix else "parquet" for x in files.values()}
+        loaded = datasets.load_dataset(
+            kind, data_files={split: str(path) for split, path in files.items()}
+        )
+    else:
+        try:
+            loaded = datasets.load_dataset(
+                IWSLT14, "de-en", revision="refs/convert/parquet"
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"IWSLT'14 could not be loaded from the Hugging Face Hub ({IWSLT14}): "
+                f"{error} Without a network put train.parquet, validation.parquet and "
+                'test.parquet, with rows {"translation": {"de": ..., "en": ...}}, into '
+                "a folder and give it with --data."
+            ) from error
+    return Pairs(**{split: _pairs_of(loaded[split], split) for split in SPLITS})
+
+
+def _file_of(folder: Path, split: str) -> Path:
+    for suffix in (".parquet", ".jsonl", ".json"):
+        if (path := folder / (split + suffix)).is_file():
+            return path
+    raise ValueError(
+        f"--data {folder} has no {split}.parquet, {split}.jsonl or {split}.json. It must "
+        f"hold {', '.join(SPLITS)}, with rows "
+        '{"translation": {"de": ..., "en": ...}}.'
+    )
+
+
+def _pairs_of(rows: Iterable, split: str) -> list[Pair]:
+    pairs = []
+    for row in rows:
+        try:
+            german, english = row["translation"]["de"], row["translation"]["en"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{split} must have rows "
+                '{"translation": {"de": ..., "en": ...}}, got ' + repr(row) + "."
+            ) from error
+        pairs.append((german.lower(), english.lower()))
+    return pairs
+
+
+def train_tokenizer(pairs: Sequence[Pair], vocabulary: int) -> Tokenizer:
+    """Learns one byte-pair encoding for both languages; digits stay single tokens.
+
+    It works on bytes, so that it knows every text, and decodes to the very same text.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<pad>", "<end>"],  # PAD and END
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((text for pair in pairs for text in pair), trainer)
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> list[Encoded]:
+    """Returns the tokens of each pair."""
+    german, english = (
+        [[*x.ids, END] for x in tokenizer.encode_batch([pair[i] for pair in pairs])]
+        for i in range(2)
+    )
+    return list(zip(german, english, strict=True))
+
+
+def decode(tokenizer: Tokenizer, tokens: np.ndarray) -> list[str]:
+    """Returns the text of each row up to its END."""
+    ends = [[*row, END].index(END) for row in tokens.tolist()]
+    return tokenizer.decode_batch(
+        [row[:end] for row, end in zip(tokens.tolist(), ends, strict=True)]
+    )
+
+
+def pad(pairs: Sequence[Encoded], length: int) -> dict[str, np.ndarray]:
+    """Returns ``source`` and ``target``, int32[pairs, length]."""
+    batch = {
+        name: np.full((len(pairs), length), PAD, np.int32)
+        for name in ("source", "target")
+    }
+    for row, pair in enumerate(pairs):
+        for tokens, padded in zip(pair, batch.values(), strict=True):
+            padded[row, : len(tokens)] = tokens
+    return batch
+
+
+def buckets(pairs: Sequence[Encoded], lengths: Sequence[int]) -> dict[int, list[int]]:
+    """Sorts pairs by the shortest of ``lengths`` that holds them.
+
+    Returns:
+      The places of the pairs by length. Pairs longer than the longest are left out.
+    """
+    longest = np.array([max(map(len, pair)) for pair in pairs])
+    places = np.searchsorted(lengths, longest)
+    return {
+        length: np.flatnonzero(places == i).tolist()
+        for i, length in enumerate(lengths)
+        if np.any(places == i)
+    }
+
+
+def training_batches(
+    pairs: Sequence[Encoded], lengths: Sequence[int], tokens: int, seed: int
+) -> grain.MapDataset:
+    """Returns endless batches of about ``tokens`` source and target tokens each.
+
+    Every batch is padded to one of ``lengths``, so that a step is compiled that often
+    and no more. Each length comes as often as it would in passes over all pairs.
+    """
+    datasets, weights = [], []
+    for length, places in buckets(pairs, lengths).items():
+        rows = max(1, tokens // length)
+        datasets.append(
+            grain.MapDataset.source([pairs[i] for i in places])
+            .seed(seed)
+            .shuffle()
+            .repeat()
+            .batch(rows, batch_fn=lambda pairs, length=length: pad(pairs, length))
+        )
+        weights.append(len(places) / rows)
+    return grain.MapDataset.mix(datasets, weights)
+
+
+def held_out_batches(
+    pairs: Sequence[Encoded], lengths: Sequence[int], tokens: int
+) -> list[tuple[list[int], dict[str, np.ndarray]]]:
+    """Returns all pairs that fit, in batches of the same shapes, with their places.
+
+    The last batch of each length is filled with pairs of nothing but padding.
+    """
+    batches = []
+    for length, places in buckets(pairs, lengths).items():
+        rows = max(1, tokens // length)
+        for start in range(0, len(places), rows):
+            chosen = places[start : start + rows]
+            filled = [pairs[i] for i in chosen] + [([], [])] * (rows - len(chosen))
+            batches.append((chosen, pad(filled, length)))
+    return batches
