@@ -13,6 +13,7 @@ from .locale_pairs import Pair, locale_pairs
 PAD, END = 0, 1  # END also begins the decoder's input, as in fairseq
 IWSLT14 = "bbaaaa/iwslt14-de-en"
 SPLITS = ("train", "validation", "test")
+ROW = '{"translation": {"de": ..., "en": ...}}'
 
 Encoded = tuple[list[int], list[int]]  # source and target, each closed by END
 
@@ -65,8 +66,7 @@ def iwslt14_pairs(folder: Path | None = None) -> Pairs:
             raise ValueError(
                 f"IWSLT'14 could not be loaded from the Hugging Face Hub ({IWSLT14}): "
                 f"{error} Without a network put train.parquet, validation.parquet and "
-                'test.parquet, with rows {"translation": {"de": ..., "en": ...}}, into '
-                "a folder and give it with --data."
+                f"test.parquet, with rows {ROW}, into a folder and give it with --data."
             ) from error
     return Pairs(**{split: _pairs_of(loaded[split], split) for split in SPLITS})
 
@@ -76,9 +76,8 @@ def _file_of(folder: Path, split: str) -> Path:
         if (path := folder / (split + suffix)).is_file():
             return path
     raise ValueError(
-        f"--data {folder} has no {split}.parquet, {split}.jsonl or {split}.json. It must "
-        f"hold {', '.join(SPLITS)}, with rows "
-        '{"translation": {"de": ..., "en": ...}}.'
+        f"--data {folder} has no {split}.parquet, {split}.jsonl or {split}.json. It "
+        f"must hold {', '.join(SPLITS)}, with rows {ROW}."
     )
 
 
@@ -87,12 +86,9 @@ def _pairs_of(rows: Iterable, split: str) -> list[Pair]:
     for row in rows:
         try:
             german, english = row["translation"]["de"], row["translation"]["en"]
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{split} must have rows "
-                '{"translation": {"de": ..., "en": ...}}, got ' + repr(row) + "."
-            ) from error
-        pairs.append((german.lower(), english.lower()))
+            pairs.append((german.lower(), english.lower()))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{split} must have rows {ROW}, got {row!r}.") from error
     return pairs
 
 
@@ -119,6 +115,11 @@ def train_tokenizer(pairs: Sequence[Pair], vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
+def within(pairs: Sequence[Encoded], length: int) -> list[Encoded]:
+    """Returns the pairs of which neither side has more than ``length`` tokens."""
+    return [pair for pair in pairs if max(map(len, pair)) <= length]
+
+
 def encode(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> list[Encoded]:
     """Returns the tokens of each pair."""
     german, english = (
@@ -129,11 +130,8 @@ def encode(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> list[Encoded]:
 
 
 def decode(tokenizer: Tokenizer, tokens: np.ndarray) -> list[str]:
-    """Returns the text of each row up to its END."""
-    ends = [[*row, END].index(END) for row in tokens.tolist()]
-    return tokenizer.decode_batch(
-        [row[:end] for row, end in zip(tokens.tolist(), ends, strict=True)]
-    )
+    """Returns the text of each row; END and PAD are no text."""
+    return tokenizer.decode_batch(tokens.tolist(), skip_special_tokens=True)
 
 
 def pad(pairs: Sequence[Encoded], length: int) -> dict[str, np.ndarray]:
@@ -148,19 +146,24 @@ def pad(pairs: Sequence[Encoded], length: int) -> dict[str, np.ndarray]:
     return batch
 
 
-def buckets(pairs: Sequence[Encoded], lengths: Sequence[int]) -> dict[int, list[int]]:
+def buckets(
+    pairs: Sequence[Encoded], lengths: Sequence[int]
+) -> dict[int, list[Encoded]]:
     """Sorts pairs by the shortest of ``lengths`` that holds them.
 
-    Returns:
-      The places of the pairs by length. Pairs longer than the longest are left out.
+    Raises:
+      ValueError: If a pair is longer than the longest.
     """
-    longest = np.array([max(map(len, pair)) for pair in pairs])
-    places = np.searchsorted(lengths, longest)
-    return {
-        length: np.flatnonzero(places == i).tolist()
-        for i, length in enumerate(lengths)
-        if np.any(places == i)
-    }
+    sorted_pairs: dict[int, list[Encoded]] = {length: [] for length in lengths}
+    for pair in pairs:
+        longer = max(map(len, pair))
+        fits = [length for length in lengths if longer <= length]
+        if not fits:
+            raise ValueError(
+                f"a pair of {longer} tokens fits none of the lengths {tuple(lengths)}."
+            )
+        sorted_pairs[min(fits)].append(pair)
+    return {length: chosen for length, chosen in sorted_pairs.items() if chosen}
 
 
 def training_batches(
@@ -172,31 +175,30 @@ def training_batches(
     and no more. Each length comes as often as it would in passes over all pairs.
     """
     datasets, weights = [], []
-    for length, places in buckets(pairs, lengths).items():
+    for length, chosen in buckets(pairs, lengths).items():
         rows = max(1, tokens // length)
         datasets.append(
-            grain.MapDataset.source([pairs[i] for i in places])
+            grain.MapDataset.source(chosen)
             .seed(seed)
             .shuffle()
             .repeat()
             .batch(rows, batch_fn=lambda pairs, length=length: pad(pairs, length))
         )
-        weights.append(len(places) / rows)
+        weights.append(len(chosen) / rows)
     return grain.MapDataset.mix(datasets, weights)
 
 
 def held_out_batches(
     pairs: Sequence[Encoded], lengths: Sequence[int], tokens: int
-) -> list[tuple[list[int], dict[str, np.ndarray]]]:
-    """Returns all pairs that fit, in batches of the same shapes, with their places.
+) -> list[dict[str, np.ndarray]]:
+    """Returns each pair once, sorted by length, in batches of the training's shapes.
 
-    The last batch of each length is filled with pairs of nothing but padding.
+    The last batch of each length is filled with rows of nothing but PAD.
     """
     batches = []
-    for length, places in buckets(pairs, lengths).items():
+    for length, chosen in buckets(pairs, lengths).items():
         rows = max(1, tokens // length)
-        for start in range(0, len(places), rows):
-            chosen = places[start : start + rows]
-            filled = [pairs[i] for i in chosen] + [([], [])] * (rows - len(chosen))
-            batches.append((chosen, pad(filled, length)))
+        for start in range(0, len(chosen), rows):
+            part = chosen[start : start + rows]
+            batches.append(pad(part + [([], [])] * (rows - len(part)), length))
     return batches
