@@ -18,11 +18,13 @@ import optax
 import tyro
 
 from optax_adamod import _rounding, adamod
+from stdlib_text import load_text
 from warmup_free_transformer import (
     B2,
+    BATCH,
+    CONTEXT,
     Options,
     final_loss,
-    load_text,
     save_losses,
     train,
 )
@@ -55,7 +57,7 @@ def rounded_to_nearest() -> Iterator[None]:
 
 def main(options: Options) -> dict[str, list[list[float]]]:
     """Runs the comparison; returns the losses by case, seed and step."""
-    text = load_text(options.text)
+    text = load_text(options.text, at_least=BATCH * CONTEXT)
     options.output.mkdir(parents=True, exist_ok=True)
     runs: dict[str, list[list[float]]] = {name: [] for name in CASES}
     for seed in range(options.seeds):

@@ -26,7 +26,6 @@ import functools
 import os
 import signal
 import sys
-import sysconfig
 import threading
 from pathlib import Path
 from typing import Any
@@ -46,8 +45,9 @@ import local_processes
 from optax_adamod import adamod
 from pod_checkpoints import Checkpoints
 from pod_metrics import Metrics
+from stdlib_text import FOLDER, load_text
 from transformer import Transformer
-from warmup_free_transformer import B2, BATCH, CONTEXT, HEADS, load_text
+from warmup_free_transformer import B2, BATCH, CONTEXT, HEADS
 
 DEVICES = 8  # simulated ones, where there is nothing but a CPU
 MAX_SKIPPED = 10  # steps in a row with non-finite gradients, before a run gives up
@@ -79,7 +79,7 @@ class Options:
     """Join the other processes of a TPU pod, or of a Slurm or Kubernetes job."""
     output: Path = Path("outputs/pod_training")
     """Folder of checkpoints and metrics.csv; resumes where it has checkpoints."""
-    text: Path = Path(sysconfig.get_path("stdlib"))
+    text: Path = FOLDER
     """Folder whose .py files are the text."""
 
     def __post_init__(self) -> None:
@@ -198,7 +198,7 @@ def batch(text: np.ndarray, seed: int, step: int, mesh: jax.sharding.Mesh) -> ja
 def train(options: Options) -> None:
     """Trains up to the last step, from the newest checkpoint if there is one."""
     mesh = make_mesh(options.fsdp)
-    text = load_text(options.text)
+    text = load_text(options.text, at_least=BATCH * CONTEXT)
     graph, like = abstract_state(options, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, like)
     checkpoints = Checkpoints(options.output / "checkpoints")

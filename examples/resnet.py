@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import jax
 from flax import nnx
 
+MOMENTUM = 0.9  # of the statistics, as in the authors' PyTorch code
+
 
 class Block(nnx.Module):
     """Two convolutions and a shortcut, which is projected where shapes change."""
@@ -16,13 +18,16 @@ class Block(nnx.Module):
             )
 
         self.convolution1 = convolution(inputs, 3, stride)
-        self.norm1 = nnx.BatchNorm(outputs, rngs=rngs)
+        self.norm1 = nnx.BatchNorm(outputs, momentum=MOMENTUM, rngs=rngs)
         self.convolution2 = convolution(outputs, 3, 1)
-        self.norm2 = nnx.BatchNorm(outputs, rngs=rngs)
+        self.norm2 = nnx.BatchNorm(outputs, momentum=MOMENTUM, rngs=rngs)
         self.shortcut = nnx.List([])
         if inputs != outputs or stride != 1:
             self.shortcut = nnx.List(
-                [convolution(inputs, 1, stride), nnx.BatchNorm(outputs, rngs=rngs)]
+                [
+                    convolution(inputs, 1, stride),
+                    nnx.BatchNorm(outputs, momentum=MOMENTUM, rngs=rngs),
+                ]
             )
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -49,7 +54,7 @@ class ResNet(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.stem = nnx.Conv(channels, width, (3, 3), use_bias=False, rngs=rngs)
-        self.norm = nnx.BatchNorm(width, rngs=rngs)
+        self.norm = nnx.BatchNorm(width, momentum=MOMENTUM, rngs=rngs)
         self.blocks = nnx.List([])
         inputs = width
         for stage, count in enumerate(blocks):

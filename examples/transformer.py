@@ -10,12 +10,11 @@ VOCABULARY = 256  # bytes
 class Block(nnx.Module):
     """Attention and feed-forward, each normalised after its residual sum (Post-LN).
 
-    The layers that feed the sums start 1/sqrt(depth) as large as the others, so that
-    all blocks together add as much variance to the residual stream as one would.
+    The layers that feed the sums start with ``variance`` times that of the others.
     """
 
-    def __init__(self, depth: int, width: int, heads: int, *, rngs: nnx.Rngs):
-        residual = nnx.initializers.variance_scaling(1 / depth, "fan_in", "normal")
+    def __init__(self, variance: float, width: int, heads: int, *, rngs: nnx.Rngs):
+        residual = nnx.initializers.variance_scaling(variance, "fan_in", "normal")
         self.attention = nnx.MultiHeadAttention(
             heads,
             width,
@@ -35,15 +34,28 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Predicts the next byte at every position."""
+    """Predicts the next byte at every position.
+
+    Unless ``variance`` is given, the layers that feed the residual sums start
+    1/sqrt(depth) as large as the others, so that all blocks together add as much
+    variance to the residual stream as one would.
+    """
 
     def __init__(
-        self, depth: int, width: int, heads: int, context: int, *, rngs: nnx.Rngs
+        self,
+        depth: int,
+        width: int,
+        heads: int,
+        context: int,
+        variance: float | None = None,
+        *,
+        rngs: nnx.Rngs,
     ):
+        variance = 1 / depth if variance is None else variance
         self.tokens = nnx.Embed(VOCABULARY, width, rngs=rngs)
         self.positions = nnx.Embed(context, width, rngs=rngs)
         self.blocks = nnx.List(
-            [Block(depth, width, heads, rngs=rngs) for _ in range(depth)]
+            [Block(variance, width, heads, rngs=rngs) for _ in range(depth)]
         )
         self.logits = nnx.Linear(width, VOCABULARY, rngs=rngs)
 

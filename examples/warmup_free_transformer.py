@@ -11,7 +11,6 @@ downloaded. Each optimizer starts from the same weights and sees the same batche
 import csv
 import dataclasses
 import statistics
-import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 from learning_rate_figure import plot
 from optax_adamod import ScaleByAdamodState, adamod, learning_rates, log10_histogram
+from stdlib_text import FOLDER, load_text
 from transformer import Transformer
 
 CONTEXT = 64
@@ -56,7 +56,7 @@ class Options:
     """How often to repeat the comparison, from other weights and on other batches."""
     output: Path = Path("outputs/warmup_free_transformer")
     """Folder for the figure and the table of losses."""
-    text: Path = Path(sysconfig.get_path("stdlib"))
+    text: Path = FOLDER
     """Folder whose .py files are the text."""
 
     def __post_init__(self) -> None:
@@ -81,17 +81,6 @@ class Options:
             )
         if not 0 <= self.b3 < 1:
             raise ValueError(f"--b3 must be in [0, 1), got {self.b3}.")
-
-
-def load_text(folder: Path) -> np.ndarray:
-    """Returns the bytes of the folder's Python files, end to end."""
-    text = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
-    if len(text) <= BATCH * CONTEXT:
-        raise ValueError(
-            f"the .py files in {folder} hold {len(text)} bytes; one batch needs more "
-            f"than {BATCH * CONTEXT}. Give another folder with --text."
-        )
-    return np.frombuffer(text, np.uint8)
 
 
 def batches(text: np.ndarray, seed: int) -> Iterator[np.ndarray]:
@@ -202,7 +191,7 @@ def save_losses(runs: dict[str, list[list[float]]], path: Path) -> None:
 
 def main(options: Options) -> dict[str, list[list[float]]]:
     """Runs the comparison; returns the losses by optimizer, seed and step."""
-    text = load_text(options.text)
+    text = load_text(options.text, at_least=BATCH * CONTEXT)
     options.output.mkdir(parents=True, exist_ok=True)
     print(f"{len(text):,} bytes of text, on {jax.devices()[0].device_kind}")
     compared = optimizers(options)  # once, for each is compiled for itself

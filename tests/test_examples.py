@@ -23,6 +23,7 @@ import low_precision_state as low_precision
 import warmup_free_transformer as example
 import watch_training
 from optax_adamod import adamod, learning_rates
+from stdlib_text import load_text
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -132,7 +133,7 @@ def test_low_precision_table(tmp_path, capsys):
 
 def test_runs_start_alike_and_differ_by_seed(tmp_path):
     options = example.Options(steps=20, depth=1, width=8, output=tmp_path)
-    text = example.load_text(options.text)
+    text = load_text(options.text, at_least=2048)
     first = {
         (name, seed): example.train(name, tx, text, seed, options)[0]
         for name, tx in list(example.optimizers(options).items())[:2]
@@ -162,7 +163,7 @@ def test_too_short_a_text_is_refused(tmp_path):
     with pytest.raises(
         ValueError, match=f"{re.escape(str(tmp_path))} hold 6 bytes; one batch"
     ):
-        example.load_text(tmp_path)
+        load_text(tmp_path, at_least=2048)
 
 
 def test_command_line_says_what_is_wrong():

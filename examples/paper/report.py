@@ -1,0 +1,174 @@
+"""The report of an experiment: every row as CSV, a Markdown table, curves."""
+
+import csv
+import datetime
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from benchmarks.report import machine, table, versions
+
+from .training import History, Row, Run
+
+PACKAGES = ("jax", "optax", "flax", "numpy")
+
+
+def report(
+    name: str,
+    history: History,
+    metric: str,
+    folder: Path,
+    *,
+    budgets: Sequence[int] = (),
+    rows: int = 1,
+    extra: Sequence[str] = (),
+) -> None:
+    """Prints the table and writes ``name.md``, ``name.csv`` and ``name.png``.
+
+    Args:
+      name: Name of the experiment.
+      history: The rows of every run.
+      metric: The column that counts.
+      folder: Where the files go.
+      budgets: Steps at which to report; by default the last.
+      rows: The last rows of which a final value is the mean.
+      extra: Markdown that follows the tables.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_csv(history, folder / f"{name}.csv")
+    draw_curves(history, metric, folder / f"{name}.png")
+    last = max(int(x[-1]["step"]) for x in history.values())
+    tables = [
+        final_table(until(history, steps), metric, rows) for steps in budgets or [last]
+    ]
+    text = "\n\n".join([header(name, history), *tables, *extra])
+    (folder / f"{name}.md").write_text(f"# {name}\n\n{text}\n")
+    print(f"\n{text}\n\nwritten: {folder / name}.md, .csv and .png")
+
+
+def header(name: str, history: History) -> str:
+    """Returns what is needed to run it again: command, date, machine, versions."""
+    command = " ".join(["python -m", f"examples.paper.{name}", *sys.argv[1:]])
+    used = ", ".join(f"{key} {value}" for key, value in versions(PACKAGES).items())
+    minutes = sum(rows[-1]["seconds"] for rows in history.values()) / 60
+    return (
+        f"`{command}`, {datetime.datetime.now(datetime.UTC).date().isoformat()}, "
+        f"{minutes:.0f} minutes; {machine()}; {used}."
+    )
+
+
+def grouped(history: History) -> dict[str, dict[float, list[Run]]]:
+    """Returns the runs by optimizer and learning rate."""
+    groups: dict[str, dict[float, list[Run]]] = {}
+    for run in history:
+        groups.setdefault(run.optimizer, {}).setdefault(run.learning_rate, []).append(
+            run
+        )
+    return groups
+
+
+def until(history: History, step: int) -> History:
+    """Returns the history as it was after the given step."""
+    return {
+        run: [x for x in rows if x["step"] <= step or math.isnan(x["loss"])]
+        for run, rows in history.items()
+    }
+
+
+def final_value(rows: Sequence[Row], metric: str, last: int) -> float:
+    """Returns the mean of the metric over the last rows; of a diverged run, NaN."""
+    if math.isnan(rows[-1]["loss"]):
+        return math.nan
+    return statistics.fmean(row[metric] for row in rows[-last:])
+
+
+def final_table(history: History, metric: str, last: int) -> str:
+    """Returns the metric at the end: mean, lowest and highest seed.
+
+    Beside it the budget, for AdaMod in horizons of its bound.
+    """
+    groups = grouped(history)
+    rates = sorted({rate for by_rate in groups.values() for rate in by_rate})
+    rows = []
+    for optimizer, by_rate in groups.items():
+        row = {"optimizer": optimizer}
+        for rate in rates:
+            values = [
+                final_value(history[x], metric, last) for x in by_rate.get(rate, [])
+            ]
+            row[f"lr {rate:g}"] = spread(values) if values else ""
+        runs = [run for runs in by_rate.values() for run in runs]
+        row["steps"] = budget(runs[0], max(int(history[x][-1]["step"]) for x in runs))
+        rows.append(row)
+    seeds = len({run.seed for run in history})
+    steps = max(int(x[-1]["step"]) for x in history.values())
+    among = f", mean (lowest to highest) of {seeds} seeds" if seeds > 1 else ""
+    return f"{metric.capitalize()} after {steps:,} steps{among}:\n\n{table(rows)}"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Returns mean, lowest and highest; a run that is NaN makes them no secret."""
+    finite = [x for x in values if math.isfinite(x)]
+    failed = len(values) - len(finite)
+    text = f"{failed} of {len(values)} diverged" if failed else ""
+    if not finite:
+        return text
+    mean = statistics.fmean(finite)
+    shown = f"{mean:.3f} ({min(finite):.3f} to {max(finite):.3f})"
+    if len(values) == 1:
+        shown = f"{mean:.3f}"
+    return f"{shown}, {text}" if text else shown
+
+
+def budget(run: Run, steps: int) -> str:
+    """Returns the steps, for AdaMod with the horizon of its bound, 1 / (1 - b3)."""
+    if run.b3 is None:
+        return f"{steps:,}"
+    horizon = 1 / (1 - run.b3)
+    return f"{steps:,}, {steps / horizon:.1f} horizons of {horizon:,.0f}"
+
+
+def write_csv(history: History, path: Path) -> None:
+    names = list(
+        dict.fromkeys(key for rows in history.values() for x in rows for key in x)
+    )
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["optimizer", "learning_rate", "seed", *names])
+        writer.writeheader()
+        for run, rows in history.items():
+            about = {
+                "optimizer": run.optimizer,
+                "learning_rate": run.learning_rate,
+                "seed": run.seed,
+            }
+            for row in rows:
+                shown = {key: float(f"{value:.5g}") for key, value in row.items()}
+                writer.writerow(about | shown)
+
+
+def draw_curves(history: History, metric: str, path: Path) -> None:
+    """Draws the metric over the steps: a panel for each learning rate, all seeds."""
+    groups = grouped(history)
+    rates = sorted({rate for by_rate in groups.values() for rate in by_rate})
+    figure, axes = plt.subplots(
+        1, len(rates), figsize=(1 + 3.5 * len(rates), 3.8), sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axis, rate in zip(axes[0], rates, strict=True):
+        for index, (optimizer, by_rate) in enumerate(groups.items()):
+            for number, run in enumerate(by_rate.get(rate, [])):
+                rows = [row for row in history[run] if metric in row]
+                axis.plot(
+                    [row["step"] for row in rows], [row[metric] for row in rows],
+                    color=f"C{index}", linewidth=1, alpha=0.8,
+                    label=optimizer if number == 0 else None,
+                )  # fmt: skip
+        axis.set(title=f"learning rate {rate:g}", xlabel="step")
+        axis.legend(fontsize="small")
+    axes[0, 0].set_ylabel(metric)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

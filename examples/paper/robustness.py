@@ -1,0 +1,37 @@
+"""How far off may the learning rate be? ResNets, by SGD, AdamW and AdaMod.
+
+The paper's ResNet-34 on CIFAR-10 at full size, a smaller one on digits by default:
+
+    python -m examples.paper.robustness
+    python -m examples.paper.robustness --size full
+"""
+
+import matplotlib
+import tyro
+
+from ..resnet import ResNet
+from .data.images import cifar, digits
+from .image_classification import Options, compare
+
+LEARNING_RATES = (1e-3, 1e-2, 1e-1)  # the paper's
+
+
+def main(options: Options) -> None:
+    full = options.size == "full"
+    images = cifar(10, options.data) if full else digits()
+    blocks, width = ((3, 4, 6, 3), 64) if full else ((1, 1, 1), 16)
+    compare(
+        "robustness",
+        images,
+        lambda rngs: ResNet(blocks, width, images.channels, images.classes, rngs=rngs),
+        dict.fromkeys(("SGD", "AdamW", "AdaMod"), LEARNING_RATES),
+        options,
+    )
+
+
+if __name__ == "__main__":
+    matplotlib.use("Agg")
+    try:
+        main(tyro.cli(Options, description=__doc__))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error

@@ -1,0 +1,226 @@
+"""The one training loop of the experiments: jitted, with checkpoints, resumed."""
+
+import dataclasses
+import functools
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from tqdm import tqdm
+
+Batch = Mapping[str, np.ndarray]
+Row = dict[str, float]
+SAVE_EVERY = 60  # seconds; a crash costs no more, and what it takes to the next row
+
+
+class Batches(Protocol):
+    """The batch of every step, from 0 without end: a ``grain.MapDataset`` is one."""
+
+    def __getitem__(self, step: int, /) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is trained, the same for every optimizer.
+
+    Attributes:
+      create_model: Makes the model; its generators are seeded by the run's seed.
+      loss: The training loss of a batch, a scalar; jitted with its gradient.
+      batches: By seed, so that a resumed run sees what it would have seen.
+      steps: Training steps of a run, its budget.
+      row_every: Steps from one row of a run's history to the next.
+      evaluate: What each row records of the model beside its training loss, by name.
+    """
+
+    create_model: Callable[[nnx.Rngs], nnx.Module]
+    loss: Callable[[nnx.Module, Batch], jax.Array]
+    batches: Callable[[int], Batches]
+    steps: int
+    row_every: int
+    evaluate: Callable[[nnx.Module], dict[str, float]] = lambda model: {}  # noqa: ARG005
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One optimizer at one learning rate, from one seed."""
+
+    optimizer: str
+    transformation: optax.GradientTransformation
+    learning_rate: float
+    seed: int
+    b3: float | None = (
+        None  # of AdaMod, whose bound has a horizon of 1 / (1 - b3) steps
+    )
+
+    def __str__(self) -> str:
+        return f"{self.optimizer}, lr {self.learning_rate:g}, seed {self.seed}"
+
+
+History = dict[Run, list[Row]]
+
+
+class TrainState(NamedTuple):
+    """What a step changes."""
+
+    params: Any
+    rest: Any  # statistics of batch normalisation, generators of dropout
+    opt_state: Any
+
+
+def train_all(
+    task: Task, runs: Sequence[Run], folder: Path, settings: Mapping[str, Any]
+) -> History:
+    """Trains all runs under one progress bar; what is done already is not done again.
+
+    Args:
+      task: What is trained.
+      runs: By what.
+      folder: Holds a folder for each run.
+      settings: What shapes a run beside its optimizer, learning rate and seed.
+
+    Returns:
+      The history of every run.
+
+    Raises:
+      ValueError: The folder holds runs with other settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    check_settings(folder / "settings.json", settings)
+    with tqdm(total=len(runs) * task.steps, unit="step") as progress:
+        return {run: train(task, run, folder, progress) for run in runs}
+
+
+def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Keeps runs of different settings out of one folder, where they would be mixed."""
+    new = json.loads(json.dumps(settings, default=str))
+    if not path.exists():
+        path.write_text(json.dumps(new, indent=1) + "\n")
+        return
+    old = json.loads(path.read_text())
+    changed = [
+        f"{name} {old.get(name)!r}, now {new.get(name)!r}"
+        for name in old | new
+        if old.get(name) != new.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"{path.parent} holds runs with other settings: {'; '.join(changed)}. "
+            f"Give another folder with --output, or delete that one."
+        )
+
+
+def train(task: Task, run: Run, folder: Path, progress: tqdm) -> list[Row]:
+    """Trains one run, from its last checkpoint if there is one.
+
+    Returns:
+      Rows with ``step``, ``seconds``, ``loss`` (the mean since the row before) and what
+      ``task.evaluate`` gave. The last is at ``task.steps``, or where the loss was no
+      longer finite, from which no optimizer here comes back.
+    """
+    progress.set_description(str(run))
+    path = (folder / re.sub(r"[^\w.]+", "_", str(run))).absolute()
+    # Saved by the clock, so that checkpoints take little of the time of any run.
+    options = ocp.CheckpointManagerOptions(max_to_keep=1)
+    with ocp.CheckpointManager(path, options=options) as manager:
+        state, rows = restore(manager, initial_state(task, run))
+        step = int(rows[-1]["step"]) if rows else 0
+        progress.update(step)
+        batches = task.batches(run.seed)
+        losses: list[jax.Array] = []
+        start = time.perf_counter() - (rows[-1]["seconds"] if rows else 0.0)
+        saved = time.perf_counter()
+        while step < task.steps and not (rows and math.isnan(rows[-1]["loss"])):
+            state, loss = train_step(
+                structure(task), task.loss, run.transformation, state, batches[step]
+            )
+            losses.append(loss)
+            step += 1
+            progress.update()
+            if step % task.row_every and step < task.steps:
+                continue
+            row = {"step": step, "loss": float(np.mean(jax.device_get(losses)))}
+            losses.clear()
+            if math.isfinite(row["loss"]):
+                row |= task.evaluate(assemble(structure(task), *state[:2]))
+            else:
+                progress.write(f"{run}: the loss of step {step} is {row['loss']}.")
+                row["loss"] = math.nan
+            progress.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k != "step"})
+            rows.append(row | {"seconds": time.perf_counter() - start})
+            if time.perf_counter() - saved > SAVE_EVERY:
+                save(manager, state, rows)
+                saved = time.perf_counter()
+        if manager.latest_step() != step:
+            save(manager, state, rows)
+        progress.update(task.steps - step)
+    return rows
+
+
+@functools.cache
+def structure(task: Task) -> nnx.GraphDef:
+    """The model's structure, one for all seeds, that they share a compiled step."""
+    return nnx.graphdef(nnx.eval_shape(lambda: task.create_model(nnx.Rngs(0))))
+
+
+def initial_state(task: Task, run: Run) -> TrainState:
+    model = task.create_model(nnx.Rngs(run.seed))
+    _, params, rest = nnx.split(model, nnx.Param, ...)
+    return TrainState(params, rest, run.transformation.init(params))
+
+
+def assemble(graphdef: nnx.GraphDef, params: nnx.State, rest: nnx.State) -> nnx.Module:
+    """Returns a model of new variables: to use a model is to change some."""
+    params, rest = jax.tree.map(lambda x: x, (params, rest))
+    return nnx.merge(graphdef, params, rest)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+def train_step(
+    graphdef: nnx.GraphDef,
+    loss_fn: Callable[[nnx.Module, Batch], jax.Array],
+    transformation: optax.GradientTransformation,
+    state: TrainState,
+    batch: Batch,
+) -> tuple[TrainState, jax.Array]:
+    def loss_and_rest(params: nnx.State) -> tuple[jax.Array, nnx.State]:
+        model = assemble(graphdef, params, state.rest)
+        loss = loss_fn(model, batch)
+        return loss, nnx.state(model, nnx.Not(nnx.Param))
+
+    (loss, rest), gradients = jax.value_and_grad(loss_and_rest, has_aux=True)(
+        state.params
+    )
+    updates, opt_state = transformation.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(params, rest, opt_state), loss
+
+
+def save(manager: ocp.CheckpointManager, state: TrainState, rows: list[Row]) -> None:
+    saved = ocp.args.Composite(
+        state=ocp.args.StandardSave(state._asdict()),
+        rows=ocp.args.JsonSave({"rows": rows}),
+    )
+    manager.save(int(rows[-1]["step"]), args=saved, force=True)
+
+
+def restore(
+    manager: ocp.CheckpointManager, like: TrainState
+) -> tuple[TrainState, list[Row]]:
+    """Returns the last checkpoint, or what it would be like before the first step."""
+    step = manager.latest_step()
+    if step is None:
+        return like, []
+    wanted = ocp.args.Composite(
+        state=ocp.args.StandardRestore(like._asdict()), rows=ocp.args.JsonRestore()
+    )
+    found = manager.restore(step, args=wanted)
+    return TrainState(**found["state"]), found["rows"]["rows"]
