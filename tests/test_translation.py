@@ -1,16 +1,22 @@
 """Is the translation experiment sound: its data, its model, its search, its command?"""
 
+import csv
+import dataclasses
 import itertools
 import json
 
 import chex
+import datasets
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import sacrebleu
 from flax import nnx
 
+from examples.paper import translation
 from examples.paper.data import translation as data
 from examples.paper.data.locale_pairs import locale_pairs
 from examples.paper.models import decoding
@@ -35,7 +41,7 @@ def tokenizer(pairs):
 
 @pytest.fixture(scope="module")
 def model():
-    model = nnx.jit(lambda: Translator(20, 2, 16, 32, 2, 0.5, rngs=nnx.Rngs(0)))()
+    model = nnx.jit(lambda: Translator(20, 1, 16, 32, 2, 0.5, rngs=nnx.Rngs(0)))()
     model.eval()
     return model
 
@@ -150,47 +156,59 @@ ROWS = [
 
 
 @pytest.fixture
-def _own_cache(tmp_path, monkeypatch):
-    import datasets
-
+def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-@pytest.mark.usefixtures("_own_cache")
-@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".json"])
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
 def test_iwslt14_from_files(tmp_path, suffix):
-    import datasets
-
-    for split, rows in zip(data.SPLITS, (ROWS, ROWS[:2], ROWS[2:]), strict=True):
-        path = tmp_path / (split + suffix)
+    folder = tmp_path / "iwslt14"
+    folder.mkdir()
+    for split, rows in dict(train=ROWS, validation=ROWS[:2], test=ROWS[2:]).items():
+        path = folder / (split + suffix)
         if suffix == ".parquet":
             datasets.Dataset.from_list(rows).to_parquet(path)
         else:
             path.write_text("\n".join(map(json.dumps, rows)))
-    pairs = data.iwslt14_pairs(tmp_path)
+    pairs = data.iwslt14_pairs(str(folder))
     assert pairs.train[1] == ("das ist satz 1.", "this is sentence 1.")
-    assert [len(x) for x in (pairs.train, pairs.validation, pairs.test)] == [3, 2, 1]
+    assert [len(x) for x in vars(pairs).values()] == [3, 2, 1]
 
 
-@pytest.mark.usefixtures("_own_cache")
+@pytest.mark.usefixtures("own_cache")
 def test_iwslt14_says_what_is_missing(tmp_path, monkeypatch):
-    import datasets
-
-    for split in ("train", "test"):
-        (tmp_path / f"{split}.json").write_text(json.dumps(ROWS[0]))
+    with pytest.raises(OSError, match=r"'/no/such/folder'.*give that with --data"):
+        data.iwslt14_pairs("/no/such/folder")
+    folder = tmp_path / "iwslt14"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(json.dumps({"translation": {"de": "a"}}))
     with pytest.raises(
-        ValueError, match=r"has no validation.parquet, validation.jsonl"
+        ValueError, match=r"rows of the split 'train' must be .*'de': 'a'"
     ):
-        data.iwslt14_pairs(tmp_path)
-    (tmp_path / "validation.json").write_text(json.dumps({"translation": {"de": "a"}}))
-    with pytest.raises(
-        ValueError, match=r"validation must have rows .*got .*'de': 'a'"
-    ):
-        data.iwslt14_pairs(tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        data.iwslt14_pairs(str(folder))
+    (folder / "train.jsonl").write_text(json.dumps(ROWS[0]))
+    with pytest.raises(OSError, match=r"cannot load the split 'validation'"):
+        data.iwslt14_pairs(str(folder))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"Without a network put train\.parquet.*--data"):
+    with pytest.raises(OSError, match=r"bbaaaa/iwslt14-de-en.*Without a network, copy"):
         data.iwslt14_pairs()
+
+
+def test_iwslt14_on_the_hub(monkeypatch):
+    """Its main branch is a program, which is no longer run."""
+    asked = []
+
+    def load(source, split, revision):
+        asked.append((source, split, revision))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert len(data.iwslt14_pairs().test) == 3
+    converted = "bbaaaa/iwslt14-de-en", "refs/convert/parquet"
+    assert [x[::2] for x in asked] == [converted] * 3
+    assert [x[1] for x in asked] == ["train", "validation", "test"]
 
 
 def test_sinusoids():
@@ -253,14 +271,14 @@ def test_architecture_of_fairseq():
     assert total == 39_469_056 - 512 * (8848 + 6632) + 512 * 2 * 100
 
 
-def test_dropout_is_of_training_alone():
-    model = nnx.jit(lambda: Translator(20, 1, 8, 8, 2, 0.5, rngs=nnx.Rngs(0)))()
+def test_dropout_is_of_training_alone(model):
     source, target = sentences([3, END], length=4), sentences([6, 7, END], length=3)
     first, second = (logits_of(model, source, target) for _ in range(2))
-    assert np.all(np.max(np.abs(first - second), axis=-1) > 1e-3)
-    model.eval()
-    first, second = (logits_of(model, source, target) for _ in range(2))
     np.testing.assert_array_equal(first, second)
+    model.train()
+    first, second = (logits_of(model, source, target) for _ in range(2))
+    model.eval()
+    assert np.all(np.max(np.abs(first - second), axis=-1) > 1e-3)
 
 
 def test_label_smoothing():
@@ -276,82 +294,173 @@ def test_label_smoothing():
 
 
 class Chain(nnx.Module):
-    """Gives each token a probability by the token before it alone."""
+    """Gives each token a probability by the two before it, of which one is cached."""
 
     def __init__(self, probabilities):
         self.log_p = nnx.Variable(jnp.log(jnp.asarray(probabilities)))
 
     def start(self, source, length):
-        return jnp.zeros((source.shape[0], length))
+        return source[:, 0]
 
     def step(self, tokens, position, cache):
-        return self.log_p[...][tokens], cache
+        return self.log_p[...][cache, tokens], tokens
 
 
-def chain(**transitions):
-    """Of PAD, END and the tokens 2, 3, 4."""
-    probabilities = np.full((5, 5), 1e-6)
-    for i, row in enumerate(transitions.values(), start=1):
-        probabilities[i] = row
-    return Chain(probabilities)
+def random_chain(seed):
+    return Chain(np.exp(np.random.default_rng(seed).normal(size=(5, 5, 5), scale=2)))
 
 
-# Greedily 2 is the better beginning, but nothing likely follows it.
-GARDEN_PATH = dict(
-    start=[0.3, 1e-6, 0.4, 0.3, 1e-6],
-    two=[1e-6, 0.3, 0.2, 0.25, 0.25],
-    three=[1e-6, 0.05, 1e-6, 1e-6, 0.95],
-    four=[1e-6, 0.9, 0.05, 0.03, 0.02],
-)
+def score(model, tokens, length_penalty, source):
+    log_p = np.asarray(nnx.log_softmax(model.log_p[...]), np.float64)
+    history = source, END, *tokens
+    steps = [log_p[x] for x in zip(history, history[1:], history[2:], strict=False)]
+    return sum(steps) / len(tokens) ** length_penalty
 
 
-def score(model, tokens, length_penalty):
-    log_p, last = 0.0, END
-    for token in tokens:
-        log_p += float(jax.nn.log_softmax(model.log_p[last])[token])
-        last = token
-    return log_p / len(tokens) ** length_penalty
-
-
-def likeliest(model, length, length_penalty):
+def likeliest(model, length, length_penalty, source):
     """Of all sentences of up to ``length`` tokens, by trying each."""
     found = [
-        (*body, END)
+        [*body, END]
         for n in range(length)
         for body in itertools.product((2, 3, 4), repeat=n)
     ]
-    return max(found, key=lambda x: score(model, x, length_penalty))
+    return max(found, key=lambda x: score(model, x, length_penalty, source))
+
+
+def as_lists(found):
+    """Checks that each translation is closed by END, then PAD."""
+    rows = np.asarray(found).tolist()
+    ends = [row.index(END) for row in rows]
+    for row, end in zip(rows, ends, strict=True):
+        assert PAD not in row[:end]
+        assert set(row[end + 1 :]) <= {PAD}
+    return [row[: end + 1] for row, end in zip(rows, ends, strict=True)]
 
 
 def test_beam_search_leaves_the_garden_path():
-    model, source = chain(**GARDEN_PATH), np.zeros((2, 1), np.int32)
-    greedy = np.asarray(decoding.greedy_search(model, source, 4))
-    assert greedy.tolist() == [[2, END, PAD, PAD]] * 2
-    beam = np.asarray(decoding.beam_search(model, source, 4, 3))
-    assert beam.tolist() == [[3, 4, END, PAD]] * 2
-    assert likeliest(model, 4, 1.0) == (3, 4, END)
+    # 2 is the likelier beginning, but nothing likely follows it.
+    probabilities = np.full((5, 5, 5), 1e-6)
+    probabilities[:, END, 2:] = 0.5, 0.4, 0.1
+    probabilities[:, 2] = 1e-6, 0.28, 0.24, 0.24, 0.24
+    probabilities[:, 3, 4] = 1.0
+    probabilities[:, 4, END] = 1.0
+    model, source = Chain(probabilities), np.array([[2], [3]], np.int32)
+    assert as_lists(decoding.greedy_search(model, source, 4)) == [[2, END]] * 2
+    assert as_lists(decoding.beam_search(model, source, 4, 3)) == [[3, 4, END]] * 2
+    assert likeliest(model, 4, 1.0, 2) == [3, 4, END]
 
 
-@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0])
-def test_wide_beam_search_finds_the_likeliest(seed, length_penalty):
-    logits = np.random.default_rng(seed).normal(size=(5, 5), scale=2)
-    model = chain(**dict(zip("abcd", np.exp(logits[1:]), strict=True)))
-    source = np.zeros((1, 1), np.int32)
-    found = np.asarray(decoding.beam_search(model, source, 4, 40, length_penalty))
-    expected = likeliest(model, 4, length_penalty)
-    # Exhaustive up to normalising, which leaves PAD out of no sentence's order.
-    assert found[0][: len(expected)].tolist() == list(expected)
+def test_wide_beam_search_finds_the_likeliest(length_penalty):
+    source = np.array([[2], [3], [4]], np.int32)
+    lengths = set()
+    for seed in range(5):
+        model = random_chain(seed)
+        # There are 40 sentences of up to 4 tokens.
+        found = as_lists(decoding.beam_search(model, source, 4, 40, length_penalty))
+        assert found == [likeliest(model, 4, length_penalty, x) for x in (2, 3, 4)]
+        lengths |= set(map(len, found))
+    assert len(lengths) > 1
 
 
-def test_a_beam_of_one_is_greedy(model):
-    source = np.random.default_rng(0).integers(2, 20, size=(6, 5)).astype(np.int32)
-    greedy = np.asarray(decoding.greedy_search(model, source, 8))
-    beam = np.asarray(decoding.beam_search(model, source, 8, 1))
-    np.testing.assert_array_equal(greedy, beam)
-    assert len({tuple(row) for row in greedy}) > 1  # sources matter
-    wide = np.asarray(decoding.beam_search(model, source, 8, 3))
-    for row in [*greedy.tolist(), *wide.tolist()]:
-        end = row.index(END)  # all are closed
-        assert PAD not in row[:end]
-        assert set(row[end + 1 :]) <= {PAD}
+def test_a_beam_of_one_is_greedy():
+    source = np.array([[2], [3], [4]], np.int32)
+    lengths = set()
+    for seed in range(10):
+        model = random_chain(seed)
+        greedy = as_lists(decoding.greedy_search(model, source, 6))
+        assert greedy == as_lists(decoding.beam_search(model, source, 6, 1))
+        lengths |= set(map(len, greedy))
+    assert {1, 6} < lengths  # some are stopped by the limit
+
+
+TINY = dataclasses.replace(
+    translation.SIZES["laptop"],
+    depth=1, width=8, hidden=8, heads=2, vocabulary=300, lengths=(24,), tokens=96,
+    row_every=2, warmup=2,
+)  # fmt: skip
+
+
+@pytest.fixture
+def tiny(pairs, monkeypatch):
+    monkeypatch.setattr(data, "locale_pairs", lambda: pairs[:60])
+    monkeypatch.setattr(
+        translation, "laptop_pairs", lambda: data.laptop_pairs(held_out=6)
+    )
+    monkeypatch.setitem(translation.SIZES, "laptop", TINY)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_command(tmp_path, capsys):
+    options = translation.Options(steps=4, seeds=1, output=tmp_path)
+    history = translation.main(options)
+    names = ["Adam", "Adam, 2 steps of warm-up", "AdaMod, b3 0.99"]
+    assert [run.optimizer for run in history] == names
+    for rows in history.values():
+        assert [row["step"] for row in rows] == [2, 4]
+        for row in rows:
+            assert all(0 <= row[x] <= 100 for x in translation.METRICS)
+        # About the logarithm of the vocabulary, and learning.
+        assert rows[0]["validation loss"] > rows[1]["validation loss"] > 3
+    printed = capsys.readouterr().out
+    assert "| AdaMod, b3 0.99 |" in printed
+    assert "4, 0.0 horizons of 100" in printed
+    for metric in translation.METRICS:
+        assert f"{metric[0].upper()}{metric[1:]} after 4 steps" in printed
+    output = tmp_path / "translation_laptop"
+    with (output / "translation.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 3 * 2
+    assert (output / "translation.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"runs with other settings: steps 4, now 6"):
+        translation.main(dataclasses.replace(options, steps=6))
+
+
+def test_bleu_is_that_of_the_texts(tokenizer, pairs):
+    """What a search returns is scored as text, without the rows that only fill."""
+    encoded = data.encode(tokenizer, pairs[:10])
+    batches = data.held_out_batches(encoded, (16, 64), tokens=256)
+    assert any(np.any(b["target"][:, 0] == PAD) for b in batches)
+    by_source = {b["source"].tobytes(): b["target"] for b in batches}
+    perfect = translation.bleu(lambda x: by_source[x.tobytes()], tokenizer, batches)
+    assert perfect == pytest.approx(100)
+    copied = translation.bleu(lambda x: x, tokenizer, batches)
+    # In the order of the batches, which BLEU does not see.
+    german, english = zip(*pairs[:10], strict=True)
+    expected = sacrebleu.corpus_bleu(german, [english]).score
+    assert copied == pytest.approx(expected)
+    assert copied < 50
+
+
+def test_schedules():
+    size = dataclasses.replace(TINY, warmup=4)
+    constant = translation.warmed_up(size, 1.0)
+    np.testing.assert_allclose(
+        [constant(i) for i in (0, 2, 4, 100)], [0.25, 0.625, 1, 1], rtol=1e-6
+    )
+    size = dataclasses.replace(size, after_warmup="inverse square root")
+    falling = translation.warmed_up(size, 1.0)
+    np.testing.assert_allclose(
+        [falling(i) for i in (0, 2, 4, 16, 64)], [0.25, 0.625, 1, 0.5, 0.25], rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("nonsense", "message"),
+    [
+        ({"steps": 0}, "--steps must be at least 1, got 0"),
+        ({"seeds": 0}, "--seeds must be at least 1, got 0"),
+        ({"rates": (1e-3, -1.0)}, r"--rates must be positive, got \(0.001, -1.0\)"),
+        ({"b3": 1.0}, r"--b3 must be in \[0, 1\), got 1.0"),
+        ({"data": "x"}, "--data needs --size full"),
+    ],
+)
+def test_nonsense_is_refused(nonsense, message):
+    with pytest.raises(ValueError, match=message):
+        translation.Options(**nonsense)
+
+
+def test_full_size_is_the_papers():
+    options = translation.Options(size="full")
+    assert (options.rates, options.steps, options.b3) == ((5e-4,), 50_000, 0.9999)
+    names = list(translation.optimizers(translation.SIZES["full"], 5e-4, 0.9999))
+    assert names == ["Adam", "Adam, 4,000 steps of warm-up", "AdaMod, b3 0.9999"]

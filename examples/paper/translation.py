@@ -1,14 +1,14 @@
-"""German to English with Adam, Adam with warm-up and AdaMod: the paper's section 4.
+"""German to English, by Adam, Adam with warm-up and AdaMod.
 
-The laptop's size, the default, translates phrases from Babel's locale data with a small
-Transformer. The full size is IWSLT'14 and fairseq's transformer_iwslt_de_en, by the
-paper's settings.
+Babel's phrases and a small Transformer by default; IWSLT'14 and fairseq's
+transformer_iwslt_de_en, with the paper's settings, at full size:
 
     python -m examples.paper.translation
     python -m examples.paper.translation --size full
 """
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -40,14 +40,14 @@ from .data.translation import (
 )
 from .models.decoding import beam_search, greedy_search
 from .models.translator import Translator, label_smoothed_loss
-from .report import report
-from .training import Batch, Run, Task, train
+from .report import final_table, report
+from .training import Batch, History, Run, Task, train_all
 
 B2 = 0.98
 WEIGHT_DECAY = 1e-4  # decoupled, as in fairseq's Adam and the authors' AdaMod
 LABEL_SMOOTHING = 0.1
 BEAM = 5
-LENGTH_PENALTY = 1.0
+METRICS = (f"BLEU, beam {BEAM}", "BLEU, greedy", "validation loss", "loss")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,35 +59,20 @@ class Size:
     hidden: int  # of the feed-forward layers
     heads: int
     dropout: float
-    vocabulary: int  # of the joint byte-pair encoding
+    vocabulary: int  # of the byte-pair encoding of both languages
     lengths: tuple[int, ...]  # to which batches are padded, in tokens
     tokens: int  # a batch, of each language
-    learning_rates: tuple[float, ...]
+    rates: tuple[float, ...]
     b3: float
     steps: int
-    evaluate_every: int
-    warmup: Callable[[float], optax.Schedule]
-
-
-def linear_warmup(steps: int) -> Callable[[float], optax.Schedule]:
-    """Rises linearly over ``steps``, then stays."""
-    return lambda peak: optax.linear_schedule(peak / steps, peak, steps)
-
-
-def inverse_sqrt_warmup(steps: int) -> Callable[[float], optax.Schedule]:
-    """Rises linearly from 1e-7 over ``steps``, then falls as 1 / sqrt(step)."""
-
-    def falling(peak: float) -> optax.Schedule:
-        return lambda count: peak * jnp.sqrt(steps / (count + steps))
-
-    return lambda peak: optax.join_schedules(
-        [optax.linear_schedule(1e-7, peak, steps), falling(peak)], [steps]
-    )
+    row_every: int
+    warmup: int  # steps
+    after_warmup: Literal["constant", "inverse square root"]
 
 
 SIZES = {
     "laptop": Size(
-        depth=6,
+        depth=4,
         width=64,
         hidden=128,
         heads=4,
@@ -95,11 +80,12 @@ SIZES = {
         vocabulary=1000,
         lengths=(12, 24),
         tokens=512,
-        learning_rates=(3e-3,),
+        rates=(3e-3,),
         b3=0.99,
         steps=800,
-        evaluate_every=400,
-        warmup=linear_warmup(250),
+        row_every=200,
+        warmup=250,
+        after_warmup="constant",
     ),
     "full": Size(
         depth=6,
@@ -110,11 +96,12 @@ SIZES = {
         vocabulary=10_000,
         lengths=(16, 32, 48, 64, 96, 128, 256),
         tokens=4000,
-        learning_rates=(5e-4,),
+        rates=(5e-4,),
         b3=0.9999,
         steps=50_000,
-        evaluate_every=5_000,
-        warmup=inverse_sqrt_warmup(4000),
+        row_every=2_500,
+        warmup=4000,
+        after_warmup="inverse square root",
     ),
 }
 
@@ -124,29 +111,37 @@ class Options:
     """Compares optimizers on translation from German to English."""
 
     size: Literal["laptop", "full"] = "laptop"
-    """Babel's phrases and a small model, or IWSLT'14 and the paper's."""
-    learning_rates: tuple[float, ...] = ()
-    """Learning rates of every optimizer; by default the size's own."""
+    """Laptop: phrases from Babel's locale data, minutes on two cores. Full: IWSLT'14
+    and the paper's model, hours on a GPU."""
+    rates: tuple[float, ...] = ()
+    """Learning rates of every optimizer; by default 3e-3 or, at full size, 5e-4."""
     steps: int | None = None
-    """Training steps of each run; by default the size's own."""
+    """Training steps of each run; by default 800 or, at full size, 50,000."""
+    b3: float | None = None
+    """AdaMod's b3; by default 0.99 or, at full size, 0.9999."""
     seeds: int = 3
-    """How often to repeat the comparison, from other weights and on other batches."""
-    data: Path | None = None
-    """Folder with IWSLT'14's train, validation and test for the full size; by default
-    they are downloaded."""
-    output: Path = Path("outputs/translation")
-    """Folder for checkpoints, table and figure, by size."""
+    """How often to repeat everything."""
+    data: str | None = None
+    """At full size: folder or hub name of IWSLT'14's files."""
+    output: Path = Path("outputs")
+    """Folder for checkpoints, tables and figures; a run that was stopped goes on."""
 
     def __post_init__(self) -> None:
+        size = SIZES[self.size]
+        for name in ("rates", "steps", "b3"):
+            if getattr(self, name) in ((), None):
+                object.__setattr__(self, name, getattr(size, name))
         for name in ("steps", "seeds"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, got {value}.")
-        for rate in self.learning_rates:
-            if not rate > 0:
-                raise ValueError(f"--learning-rates must be positive, got {rate}.")
-        if self.data is not None and self.size != "full":
-            raise ValueError("--data is for --size full; the laptop's size needs none.")
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"--{name} must be at least 1, got {getattr(self, name)}."
+                )
+        if min(self.rates) <= 0:
+            raise ValueError(f"--rates must be positive, got {self.rates}.")
+        if self.b3 is None or not 0 <= self.b3 < 1:
+            raise ValueError(f"--b3 must be in [0, 1), got {self.b3}.")
+        if self.data is not None and self.size == "laptop":
+            raise ValueError("--data needs --size full; Babel's phrases are made.")
 
 
 @nnx.jit
@@ -179,21 +174,41 @@ def bleu(
     return sacrebleu.corpus_bleu(translations, [references]).score
 
 
-def create_task(size: Size, steps: int, pairs: Pairs) -> Task:
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """The tokens of all pairs."""
+
+    tokenizer: Tokenizer
+    train: list[Encoded]
+    validation: list[Encoded]
+    test: list[Encoded]
+
+    @property
+    def checksum(self) -> int:
+        """Another release of Babel, say, makes another corpus."""
+        return zlib.crc32(repr((self.train, self.validation, self.test)).encode())
+
+
+def tokenize(pairs: Pairs, vocabulary: int, longest: int) -> Corpus:
+    """Returns the pairs of up to ``longest`` tokens, and says how many are longer."""
+    tokenizer = train_tokenizer(pairs.train, vocabulary)
+    splits: dict[str, list[Encoded]] = {}
+    for split, texts in vars(pairs).items():
+        encoded = encode(tokenizer, texts)
+        splits[split] = within(encoded, longest)
+        print(
+            f"{split}: {len(splits[split]):,} pairs, "
+            f"{len(encoded) - len(splits[split]):,} of over {longest} tokens left out"
+        )
+    return Corpus(tokenizer, **splits)
+
+
+def create_task(size: Size, steps: int, corpus: Corpus) -> Task:
     """Returns the task: the same model, batches and evaluation for all optimizers."""
-    tokenizer = train_tokenizer(pairs.train, size.vocabulary)
-    longest = size.lengths[-1]
-    encoded: dict[str, list[Encoded]] = {}
-    for split, chosen in vars(pairs).items():
-        encoded[split] = within(encode(tokenizer, chosen), longest)
-        if left_out := len(chosen) - len(encoded[split]):
-            print(
-                f"{split}: {left_out:,} of {len(chosen):,} pairs are left out, for they "
-                f"are longer than {longest} tokens"
-            )
+    tokenizer, longest = corpus.tokenizer, size.lengths[-1]
     validation, test = (
-        held_out_batches(encoded[split], size.lengths, size.tokens)
-        for split in ("validation", "test")
+        held_out_batches(x, size.lengths, size.tokens)
+        for x in (corpus.validation, corpus.test)
     )
 
     def create_model(rngs: nnx.Rngs) -> Translator:
@@ -207,43 +222,95 @@ def create_task(size: Size, steps: int, pairs: Pairs) -> Task:
             rngs=rngs,
         )
 
-    def evaluate(model: Translator) -> dict[str, float]:
+    def evaluate(model: nnx.Module) -> dict[str, float]:
+        assert isinstance(model, Translator)
         model.eval()  # without dropout
         losses, tokens = np.transpose([held_out_loss(model, x) for x in validation])
-        values = {
+        beam = bleu(lambda x: beam_search(model, x, longest, BEAM), tokenizer, test)
+        greedy = bleu(lambda x: greedy_search(model, x, longest), tokenizer, test)
+        return {
             "validation loss": float(np.average(losses, weights=tokens)),
-            "BLEU, greedy": bleu(
-                lambda source: greedy_search(model, source, longest), tokenizer, test
-            ),
-            f"BLEU, beam {BEAM}": bleu(
-                lambda source: beam_search(model, source, longest, BEAM),
-                tokenizer,
-                test,
-            ),
+            "BLEU, greedy": greedy,
+            f"BLEU, beam {BEAM}": beam,
         }
-        model.train()
-        return values
 
     return Task(
         create_model=create_model,
         loss=training_loss,
         batches=lambda seed: training_batches(
-            encoded["train"], size.lengths, size.tokens, seed
+            corpus.train, size.lengths, size.tokens, seed
         ),
         evaluate=evaluate,
         steps=steps,
-        evaluate_every=size.evaluate_every,
+        row_every=size.row_every,
     )
 
 
+def warmed_up(size: Size, learning_rate: float) -> optax.Schedule:
+    """Rises linearly; then stays, or falls with the root of the step as in fairseq."""
+    warmup = size.warmup
+    rise = optax.linear_schedule(learning_rate / warmup, learning_rate, warmup)
+    if size.after_warmup == "constant":
+        return rise
+
+    # A joined schedule counts from where it begins; before, it is called in vain.
+    def fall(count: jax.typing.ArrayLike) -> jax.Array:
+        return learning_rate / jnp.sqrt(jnp.maximum(1.0, 1 + count / warmup))
+
+    return optax.join_schedules([rise, fall], [warmup])
+
+
 def optimizers(
-    size: Size, learning_rate: float
+    size: Size, learning_rate: float, b3: float
 ) -> dict[str, optax.GradientTransformation]:
     """Returns the optimizers to compare, by their names in the table."""
-    adamod = adamodw(learning_rate, b2=B2, b3=size.b3, weight_decay=WEIGHT_DECAY)
-    warmed_up = size.warmup(learning_rate)
+    schedule = warmed_up(size, learning_rate)
     return {
         "Adam": optax.adamw(learning_rate, b2=B2, weight_decay=WEIGHT_DECAY),
-        "Adam, warm-up": optax.adamw(warmed_up, b2=B2, weight_decay=WEIGHT_DECAY),
-        f"AdaMod, b3 {size.b3:g}": adamod,
+        f"Adam, {size.warmup:,} steps of warm-up": optax.adamw(
+            schedule, b2=B2, weight_decay=WEIGHT_DECAY
+        ),
+        f"AdaMod, b3 {b3:g}": adamodw(
+            learning_rate, b2=B2, b3=b3, weight_decay=WEIGHT_DECAY
+        ),
     }
+
+
+def main(options: Options) -> History:
+    size = SIZES[options.size]
+    assert options.steps is not None
+    assert options.b3 is not None
+    full = options.size == "full"
+    pairs = iwslt14_pairs(options.data) if full else laptop_pairs()
+    corpus = tokenize(pairs, size.vocabulary, size.lengths[-1])
+    task = create_task(size, options.steps, corpus)
+    runs = [
+        Run(
+            name, transformation, rate, seed,
+            options.b3 if name.startswith("AdaMod") else None,
+        )
+        for rate in options.rates
+        for name, transformation in optimizers(size, rate, options.b3).items()
+        for seed in range(options.seeds)
+    ]  # fmt: skip
+    output = options.output / f"translation_{options.size}"
+    settings = dataclasses.asdict(size) | {
+        "steps": options.steps,
+        "data": options.data,
+        "tokens' checksum": corpus.checksum,
+    }
+    for name in ("rates", "b3"):
+        del settings[name]
+    history = train_all(task, runs, output / "runs", settings)
+    metric, *others = METRICS
+    tables = [final_table(history, x, 1) for x in others]
+    report("translation", history, metric, output, extra=tables)
+    return history
+
+
+if __name__ == "__main__":
+    matplotlib.use("Agg")
+    try:
+        main(tyro.cli(Options, description=__doc__))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error

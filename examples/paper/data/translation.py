@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import grain
 import numpy as np
@@ -12,8 +11,6 @@ from .locale_pairs import Pair, locale_pairs
 
 PAD, END = 0, 1  # END also begins the decoder's input, as in fairseq
 IWSLT14 = "bbaaaa/iwslt14-de-en"
-SPLITS = ("train", "validation", "test")
-ROW = '{"translation": {"de": ..., "en": ...}}'
 
 Encoded = tuple[list[int], list[int]]  # source and target, each closed by END
 
@@ -35,49 +32,28 @@ def laptop_pairs(held_out: int = 500) -> Pairs:
     )
 
 
-def iwslt14_pairs(folder: Path | None = None) -> Pairs:
-    """Returns IWSLT'14, lower-cased, with the splits that fairseq's recipe makes.
+def iwslt14_pairs(source: str | None = None) -> Pairs:
+    """Returns IWSLT'14, lower-cased, in the splits that fairseq's recipe makes.
+
+    They are 160,239 pairs to train on, 7,283 for validation and 6,750 for the test.
 
     Args:
-      folder: Holds train, validation and test as .parquet, .jsonl or .json files, rows
-        of the form ``{"translation": {"de": ..., "en": ...}}``. None for the copy on
-        the Hugging Face Hub, which is downloaded once.
-
-    Returns:
-      160,239 pairs to train on, 7,283 for validation, 6,750 for the test.
+      source: Name on the Hugging Face hub, or folder with train, validation and test
+        as .parquet, .jsonl or .json files; by default ``bbaaaa/iwslt14-de-en``.
 
     Raises:
-      ValueError: If a file is missing or has other columns, or the download fails.
+      OSError: They cannot be loaded; the message says where to put them.
+      ValueError: A row is not ``{"translation": {"de": ..., "en": ...}}``.
     """
-    import datasets  # seconds, which the laptop's size need not wait for
+    from .hub import load  # seconds, for which the laptop's size need not wait
 
-    if folder is not None:
-        files = {split: _file_of(folder, split) for split in SPLITS}
-        (kind,) = {"json" if ".json" in x.suffix else "parquet" for x in files.values()}
-        loaded = datasets.load_dataset(
-            kind, data_files={split: str(path) for split, path in files.items()}
-        )
-    else:
-        try:
-            loaded = datasets.load_dataset(
-                IWSLT14, "de-en", revision="refs/convert/parquet"
-            )
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"IWSLT'14 could not be loaded from the Hugging Face Hub ({IWSLT14}): "
-                f"{error} Without a network put train.parquet, validation.parquet and "
-                f"test.parquet, with rows {ROW}, into a folder and give it with --data."
-            ) from error
-    return Pairs(**{split: _pairs_of(loaded[split], split) for split in SPLITS})
-
-
-def _file_of(folder: Path, split: str) -> Path:
-    for suffix in (".parquet", ".jsonl", ".json"):
-        if (path := folder / (split + suffix)).is_file():
-            return path
-    raise ValueError(
-        f"--data {folder} has no {split}.parquet, {split}.jsonl or {split}.json. It "
-        f"must hold {', '.join(SPLITS)}, with rows {ROW}."
+    # The converted branch: of the main one, what loads it is a program.
+    name, revision = (source, None) if source else (IWSLT14, "refs/convert/parquet")
+    return Pairs(
+        **{
+            split: _pairs_of(load(name, split, {"translation"}, revision), split)
+            for split in ("train", "validation", "test")
+        }
     )
 
 
@@ -88,7 +64,10 @@ def _pairs_of(rows: Iterable, split: str) -> list[Pair]:
             german, english = row["translation"]["de"], row["translation"]["en"]
             pairs.append((german.lower(), english.lower()))
         except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{split} must have rows {ROW}, got {row!r}.") from error
+            raise ValueError(
+                f"the rows of the split {split!r} must be "
+                f'{{"translation": {{"de": ..., "en": ...}}}}, got {row!r}.'
+            ) from error
     return pairs
 
 
