@@ -144,8 +144,7 @@ class Options:
             raise ValueError("--data needs --size full; Babel's phrases are made.")
 
 
-@nnx.jit
-def training_loss(model: Translator, batch: Batch) -> jax.Array:
+def training_loss(model: nnx.Module, batch: Batch) -> jax.Array:
     logits = model(batch["source"], batch["target"])
     return label_smoothed_loss(logits, batch["target"], LABEL_SMOOTHING)
 
@@ -160,7 +159,7 @@ def held_out_loss(model: Translator, batch: Batch) -> tuple[jax.Array, jax.Array
 
 
 def bleu(
-    search: Callable[[jax.Array], jax.Array],
+    search: Callable[[np.ndarray], jax.typing.ArrayLike],
     tokenizer: Tokenizer,
     batches: Sequence[Batch],
 ) -> float:

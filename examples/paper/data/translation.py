@@ -24,7 +24,7 @@ class Pairs:
     test: list[Pair]
 
 
-def laptop_pairs(held_out: int = 500) -> Pairs:
+def laptop_pairs(held_out: int = 200) -> Pairs:
     """Returns Babel's pairs, ``held_out`` of them for each of validation and test."""
     pairs = locale_pairs()
     return Pairs(

@@ -14,7 +14,7 @@ NEVER = -1e9  # a log-probability; finite, so that sums of it are numbers
 class Decoder(Protocol):
     """What is searched: see Translator."""
 
-    def start(self, source: jax.Array, length: int) -> Any: ...
+    def start(self, source: jax.typing.ArrayLike, length: int) -> Any: ...
 
     def step(
         self, tokens: jax.Array, position: jax.Array, cache: Any
@@ -41,7 +41,9 @@ def _log_probabilities(logits: jax.Array, last: jax.Array) -> jax.Array:
 
 
 @nnx.jit(static_argnames="length")
-def greedy_search(model: Decoder, source: jax.Array, length: int) -> jax.Array:
+def greedy_search(
+    model: Decoder, source: jax.typing.ArrayLike, length: int
+) -> jax.Array:
     """Returns the translation that takes the likeliest token at every place.
 
     Args:
@@ -52,7 +54,7 @@ def greedy_search(model: Decoder, source: jax.Array, length: int) -> jax.Array:
     Returns:
       int32[batch, length], closed by END, then PAD.
     """
-    rows = source.shape[0]
+    rows = jnp.shape(source)[0]
 
     def unfinished(carry):
         position, _, ended, *_ = carry
@@ -83,7 +85,7 @@ def greedy_search(model: Decoder, source: jax.Array, length: int) -> jax.Array:
 @nnx.jit(static_argnames=("length", "beam"))
 def beam_search(
     model: Decoder,
-    source: jax.Array,
+    source: jax.typing.ArrayLike,
     length: int,
     beam: int,
     length_penalty: jax.typing.ArrayLike = 1.0,
@@ -104,7 +106,7 @@ def beam_search(
     Returns:
       int32[batch, length], closed by END, then PAD.
     """
-    rows = source.shape[0]
+    rows = jnp.shape(source)[0]
 
     def spread(x: jax.Array) -> jax.Array:
         return jnp.repeat(x, beam, axis=0)

@@ -148,14 +148,13 @@ class Translator(nnx.Module):
             for _ in range(2)
         )
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
-        self.encoder, self.decoder = (
-            nnx.List(
-                [layer(width, hidden, heads, dropout, rngs=rngs) for _ in range(depth)]
-            )
-            for layer in (EncoderLayer, DecoderLayer)
-        )
+        layer = width, hidden, heads, dropout
+        self.encoder = nnx.List([EncoderLayer(*layer, rngs=rngs) for _ in range(depth)])
+        self.decoder = nnx.List([DecoderLayer(*layer, rngs=rngs) for _ in range(depth)])
 
-    def __call__(self, source: jax.Array, target: jax.Array) -> jax.Array:
+    def __call__(
+        self, source: jax.typing.ArrayLike, target: jax.typing.ArrayLike
+    ) -> jax.Array:
         """Returns logits of the target.
 
         Args:
@@ -166,11 +165,10 @@ class Translator(nnx.Module):
           float32[batch, target length, vocabulary]: of each token of ``target``, given
           those before it.
         """
-        memory, source_mask = self.encode(source)
-        x = self.embed(
-            self.target_tokens, jnp.roll(target, 1, axis=1).at[:, 0].set(END)
-        )
-        length = target.shape[1]
+        memory, source_mask = self.encode(jnp.asarray(source))
+        before = jnp.roll(jnp.asarray(target), 1, axis=1).at[:, 0].set(END)
+        x = self.embed(self.target_tokens, before)
+        length = x.shape[1]
         # Nothing looks ahead, so no token of the target sees the PADs that follow it.
         causal = jnp.tril(jnp.ones((1, 1, length, length), bool))
         for layer in self.decoder:
@@ -201,9 +199,9 @@ class Translator(nnx.Module):
             x = layer(x, mask)
         return x, mask
 
-    def start(self, source: jax.Array, length: int) -> Cache:
+    def start(self, source: jax.typing.ArrayLike, length: int) -> Cache:
         """Reads the source; returns the cache for a translation of ``length``."""
-        memory, mask = self.encode(source)
+        memory, mask = self.encode(jnp.asarray(source))
         encoded = [x.source_attention.keys_values(memory) for x in self.decoder]
         keys, _ = encoded[0]
         nothing = jnp.zeros((keys.shape[0], length, *keys.shape[2:]), keys.dtype)
@@ -241,7 +239,7 @@ class Translator(nnx.Module):
 
 
 def label_smoothed_loss(
-    logits: jax.Array, target: jax.Array, smoothing: jax.typing.ArrayLike
+    logits: jax.Array, target: jax.typing.ArrayLike, smoothing: float
 ) -> jax.Array:
     """Returns the mean cross-entropy in nats per token that is not PAD.
 
@@ -253,7 +251,7 @@ def label_smoothed_loss(
     Returns:
       float32[].
     """
-    log_p = nnx.log_softmax(logits)
+    log_p, target = nnx.log_softmax(logits), jnp.asarray(target)
     of_target = jnp.take_along_axis(log_p, target[..., None], axis=-1)[..., 0]
     losses = -(1 - smoothing) * of_target - smoothing * log_p.mean(axis=-1)
     is_token = target != PAD
