@@ -271,6 +271,25 @@ def test_architecture_of_fairseq():
     assert total == 39_469_056 - 512 * (8848 + 6632) + 512 * 2 * 100
 
 
+def test_initial_values_of_fairseq():
+    model = nnx.jit(lambda: Translator(500, 1, 64, 96, 2, 0.5, rngs=nnx.Rngs(0)))()
+    model.eval()
+    layer = model.decoder[0]
+    for kernel, limit in (
+        (layer.source_attention.query.kernel, (6 / (4 * 64)) ** 0.5),
+        (layer.target_attention.key_value.kernel, (6 / (4 * 64)) ** 0.5),
+        (layer.source_attention.out.kernel, (6 / (2 * 64)) ** 0.5),
+        (layer.feed_forward.expand.kernel, (6 / (64 + 96)) ** 0.5),
+    ):
+        assert 0.98 * limit < np.max(np.abs(kernel[...])) <= limit
+    for tokens in (model.source_tokens, model.target_tokens):
+        table = np.asarray(tokens.embedding[...])
+        assert 0.98 < np.std(table) * 64**0.5 < 1.02
+        embedded = model.embed(tokens, jnp.array([[7, 9]]))
+        expected = 8 * table[[7, 9]] + sinusoids(2, 64)
+        np.testing.assert_allclose(embedded[0], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_dropout_is_of_training_alone(model):
     source, target = sentences([3, END], length=4), sentences([6, 7, END], length=3)
     first, second = (logits_of(model, source, target) for _ in range(2))
@@ -413,6 +432,41 @@ def test_command(tmp_path, capsys):
     assert (output / "translation.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"runs with other settings: steps 4, now 6"):
         translation.main(dataclasses.replace(options, steps=6))
+
+
+def test_evaluation_is_without_dropout(tokenizer, pairs, monkeypatch):
+    encoded = data.within(data.encode(tokenizer, pairs[:300]), 24)
+    corpus = translation.Corpus(tokenizer, encoded, encoded[:9], encoded[:3])
+    task = translation.create_task(
+        dataclasses.replace(TINY, lengths=(12, 24)), 1, corpus
+    )
+    model = nnx.jit(lambda: task.create_model(nnx.Rngs(0)))()
+    sums = []
+
+    def held_out_loss(model, batch):
+        assert dropouts(model) == {True}
+        tokens = np.sum(batch["target"] != PAD)
+        sums.append((batch["target"].sum(), tokens))
+        return batch["target"].sum() / tokens, tokens
+
+    def search(model, source, *arguments):
+        assert dropouts(model) == {True}
+        return np.full_like(source, END)
+
+    def dropouts(model):
+        inside = model.encoder[0].fed.dropout, model.decoder[0].fed.dropout
+        return {x.deterministic for x in (model.dropout, *inside)}
+
+    assert dropouts(model) == {False}
+    monkeypatch.setattr(translation, "held_out_loss", held_out_loss)
+    monkeypatch.setattr(translation, "beam_search", search)
+    monkeypatch.setattr(translation, "greedy_search", search)
+    values = task.evaluate(model)
+    # Every token counts the same, whatever batch it is in.
+    total, tokens = np.sum(sums, axis=0)
+    assert len(sums) > 1
+    assert values["validation loss"] == pytest.approx(total / tokens)
+    assert values["BLEU, greedy"] == 0
 
 
 def test_bleu_is_that_of_the_texts(tokenizer, pairs):
