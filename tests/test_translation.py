@@ -393,6 +393,18 @@ def test_a_beam_of_one_is_greedy():
     assert {1, 6} < lengths  # some are stopped by the limit
 
 
+def test_rows_that_only_fill_hold_no_search_up():
+    probabilities = np.full((5, 5, 5), 1e-6)
+    probabilities[2, END, END] = 1.0  # after source 2 nothing is written
+    probabilities[PAD, END, 3] = probabilities[:, 3, 3] = 1.0  # after PAD ever more 3
+    model, source = Chain(probabilities), np.array([[2], [PAD]], np.int32)
+    for found in (
+        decoding.greedy_search(model, source, 6),
+        decoding.beam_search(model, source, 6, 1),
+    ):
+        assert np.asarray(found).tolist() == [[END] + [PAD] * 5, [PAD] * 6]
+
+
 TINY = dataclasses.replace(
     translation.SIZES["laptop"],
     depth=1, width=8, hidden=8, heads=2, vocabulary=300, lengths=(24,), tokens=96,
@@ -475,9 +487,9 @@ def test_bleu_is_that_of_the_texts(tokenizer, pairs):
     batches = data.held_out_batches(encoded, (16, 64), tokens=256)
     assert any(np.any(b["target"][:, 0] == PAD) for b in batches)
     by_source = {b["source"].tobytes(): b["target"] for b in batches}
-    perfect = translation.bleu(lambda x: by_source[x.tobytes()], tokenizer, batches)
+    perfect = translation.bleu(lambda x, n: by_source[x.tobytes()], tokenizer, batches)
     assert perfect == pytest.approx(100)
-    copied = translation.bleu(lambda x: x, tokenizer, batches)
+    copied = translation.bleu(lambda x, n: x, tokenizer, batches)
     # In the order of the batches, which BLEU does not see.
     german, english = zip(*pairs[:10], strict=True)
     expected = sacrebleu.corpus_bleu(german, [english]).score

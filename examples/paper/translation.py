@@ -159,15 +159,19 @@ def held_out_loss(model: Translator, batch: Batch) -> tuple[jax.Array, jax.Array
 
 
 def bleu(
-    search: Callable[[np.ndarray], jax.typing.ArrayLike],
+    search: Callable[[np.ndarray, int], jax.typing.ArrayLike],
     tokenizer: Tokenizer,
     batches: Sequence[Batch],
 ) -> float:
-    """Returns sacrebleu's BLEU of what ``search`` makes of the sources."""
+    """Returns sacrebleu's BLEU of what ``search`` makes of the sources.
+
+    It may take 1.2 times the source's padded length and 10 tokens, as in fairseq.
+    """
     translations, references = [], []
     for batch in batches:
         is_pair = batch["target"][:, 0] != PAD  # and not filling
-        found = np.asarray(search(batch["source"]))
+        length = int(1.2 * batch["source"].shape[1]) + 10
+        found = np.asarray(search(batch["source"], length))
         translations += decode(tokenizer, found[is_pair])
         references += decode(tokenizer, batch["target"][is_pair])
     return sacrebleu.corpus_bleu(translations, [references]).score
@@ -204,7 +208,7 @@ def tokenize(pairs: Pairs, vocabulary: int, longest: int) -> Corpus:
 
 def create_task(size: Size, steps: int, corpus: Corpus) -> Task:
     """Returns the task: the same model, batches and evaluation for all optimizers."""
-    tokenizer, longest = corpus.tokenizer, size.lengths[-1]
+    tokenizer = corpus.tokenizer
     validation, test = (
         held_out_batches(x, size.lengths, size.tokens)
         for x in (corpus.validation, corpus.test)
@@ -225,8 +229,8 @@ def create_task(size: Size, steps: int, corpus: Corpus) -> Task:
         assert isinstance(model, Translator)
         model.eval()  # without dropout
         losses, tokens = np.transpose([held_out_loss(model, x) for x in validation])
-        beam = bleu(lambda x: beam_search(model, x, longest, BEAM), tokenizer, test)
-        greedy = bleu(lambda x: greedy_search(model, x, longest), tokenizer, test)
+        beam = bleu(lambda x, n: beam_search(model, x, n, BEAM), tokenizer, test)
+        greedy = bleu(lambda x, n: greedy_search(model, x, n), tokenizer, test)
         return {
             "validation loss": float(np.average(losses, weights=tokens)),
             "BLEU, greedy": greedy,

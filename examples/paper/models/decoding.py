@@ -52,7 +52,8 @@ def greedy_search(
       length: The most tokens of a translation, END included.
 
     Returns:
-      int32[batch, length], closed by END, then PAD.
+      int32[batch, length], closed by END, then PAD; of a source that is nothing but
+      PAD, PAD.
     """
     rows = jnp.shape(source)[0]
 
@@ -74,7 +75,7 @@ def greedy_search(
         (
             jnp.int32(0),
             jnp.full((rows, length), PAD),
-            jnp.zeros(rows, bool),
+            jnp.asarray(source)[:, 0] == PAD,  # rows that only fill
             jnp.full(rows, END),
             model.start(source, length),
         ),
@@ -104,7 +105,8 @@ def beam_search(
       length_penalty: Above 0 favours longer translations.
 
     Returns:
-      int32[batch, length], closed by END, then PAD.
+      int32[batch, length], closed by END, then PAD; of a source that is nothing but
+      PAD, PAD.
     """
     rows = jnp.shape(source)[0]
 
@@ -161,7 +163,8 @@ def beam_search(
             cache=jax.tree.map(spread, model.start(source, length)),
             found=nothing,
             found_scores=jnp.full((rows, beam), -jnp.inf),
-            number_found=jnp.zeros(rows, jnp.int32),
+            # Rows that only fill are done.
+            number_found=jnp.where(jnp.asarray(source)[:, 0] == PAD, beam, 0),
         ),
     )
     return end.found[:, 0]
