@@ -66,14 +66,18 @@ def draw_heat_map(history: History, plateau: float, final: int, path: Path) -> N
                 )
                 if text
             )
+    lowest = np.nanmin(losses, initial=plateau)
     figure, axis = plt.subplots(
         figsize=(2.6 + 1.7 * len(rates), 1 + 0.8 * len(groups)), layout="constrained"
     )
-    image = axis.imshow(losses, cmap="viridis_r", aspect="auto", vmax=plateau)
+    image = axis.imshow(
+        losses, cmap="viridis_r", aspect="auto", vmin=lowest, vmax=plateau
+    )
     for (i, j), note in np.ndenumerate(notes):
         shade = float(np.asarray(image.norm(losses[i, j])))
+        loss = f"{losses[i, j]:.2f}" if losses[i, j] > 0 else "diverged"
         axis.text(
-            j, i, f"{losses[i, j]:.2f}\n{note}", ha="center", va="center",
+            j, i, f"{loss}\n{note}" if note else "", ha="center", va="center",
             fontsize="small", color="white" if shade > 0.5 else "black",
         )  # fmt: skip
     axis.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])

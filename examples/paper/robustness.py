@@ -19,7 +19,7 @@ LEARNING_RATES = (1e-3, 1e-2, 1e-1)  # the paper's
 def main(options: Options) -> None:
     full = options.size == "full"
     images = cifar(10, options.data) if full else digits()
-    blocks, width = ((3, 4, 6, 3), 64) if full else ((1, 1, 1), 16)
+    blocks, width = ((3, 4, 6, 3), 64) if full else ((1, 1, 1), 8)
     compare(
         "robustness",
         images,

@@ -1,0 +1,198 @@
+"""Does the experiments' training loop train, stop, and go on where it stopped?"""
+
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from tqdm import tqdm
+
+from examples.paper import training
+from examples.paper.training import Run, Task, train, train_all
+
+
+class Model(nnx.Module):
+    """Has all kinds of state: parameters, statistics, and a generator."""
+
+    def __init__(self, rngs):
+        self.hidden = nnx.Linear(3, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.out = nnx.List([nnx.Linear(4, 1, rngs=rngs)])
+
+    def __call__(self, x):
+        return self.out[0](self.dropout(self.norm(self.hidden(x))))
+
+
+class Batches:
+    """Fails to give the batch of one step, once."""
+
+    def __init__(self, seed, fails_at=None):
+        self.seed, self.fails_at = seed, fails_at
+
+    def __getitem__(self, step):
+        if step == self.fails_at:
+            raise KeyboardInterrupt
+        return {"x": np.random.default_rng((self.seed, step)).normal(size=(8, 3))}
+
+
+def squares(model, batch):
+    return jnp.mean(jnp.square(model(batch["x"]) - 1))
+
+
+def task_of(loss=squares, fails_at=None, **changes):
+    return Task(
+        **{
+            "create_model": Model,
+            "loss": loss,
+            "batches": lambda seed: Batches(seed, fails_at),
+            "steps": 10,
+            "row_every": 2,
+            "evaluate": lambda model: {"norm": float(jnp.sum(model.norm.mean[...]))},
+        }
+        | changes
+    )
+
+
+def run_of(seed=0, transformation=None):
+    return Run("Adam", transformation or optax.adam(0.1), 0.1, seed)
+
+
+def without_seconds(rows):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+@pytest.fixture
+def progress():
+    with tqdm(disable=True) as bar:
+        yield bar
+
+
+def test_a_step_is_the_optimizers(tmp_path, progress):
+    rng = np.random.default_rng(0)
+    kernel, x = rng.normal(size=(3, 1)), rng.normal(size=(8, 3))
+    seen = []
+
+    class Linear(nnx.Module):
+        def __init__(self, rngs):
+            self.kernel = nnx.Param(jnp.asarray(kernel, jnp.float32))
+
+    def evaluate(model):
+        seen.append(np.asarray(model.kernel[...]))
+        return {}
+
+    task = task_of(
+        lambda model, batch: jnp.mean(jnp.square(batch["x"] @ model.kernel[...] - 1)),
+        create_model=Linear,
+        batches=lambda seed: [{"x": x}],
+        steps=1,
+        evaluate=evaluate,
+    )
+    rows = train(task, Run("SGD", optax.sgd(0.1), 0.1, 0), tmp_path, progress)
+    errors = x @ kernel - 1
+    np.testing.assert_allclose(rows[0]["loss"], np.mean(errors**2), rtol=1e-5)
+    expected = kernel - 0.1 * 2 * x.T @ errors / len(x)
+    np.testing.assert_allclose(seen[0], expected, rtol=1e-5)
+
+
+def test_rows(tmp_path, progress):
+    rows = train(task_of(steps=5), run_of(), tmp_path, progress)
+    assert [row["step"] for row in rows] == [2, 4, 5]
+    assert all(list(row) == ["step", "loss", "norm", "seconds"] for row in rows)
+    seconds = [row["seconds"] for row in rows]
+    assert 0 < seconds[0] <= seconds[1] <= seconds[2]
+    # The first row's loss is the mean of the first two.
+    singly = train(task_of(steps=2, row_every=1), run_of(), tmp_path / "2", progress)
+    np.testing.assert_allclose(
+        rows[0]["loss"], (singly[0]["loss"] + singly[1]["loss"]) / 2, rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("save_every", [0.0, 60.0])
+def test_a_stopped_run_goes_on(tmp_path, progress, monkeypatch, save_every):
+    monkeypatch.setattr(training, "SAVE_EVERY", save_every)
+    whole = train(task_of(), run_of(), tmp_path / "whole", progress)
+    with pytest.raises(KeyboardInterrupt):
+        train(task_of(fails_at=7), run_of(), tmp_path / "stopped", progress)
+    asked = []
+
+    def batches(seed):
+        asked.append(seed)
+        return Batches(seed, fails_at=5 if save_every == 0 else None)
+
+    resumed = train(task_of(batches=batches), run_of(), tmp_path / "stopped", progress)
+    assert asked == [0]
+    assert without_seconds(resumed) == without_seconds(whole)
+
+
+def test_what_is_done_is_not_done_again(tmp_path, progress):
+    first = train(task_of(), run_of(), tmp_path, progress)
+    assert train(task_of(fails_at=0), run_of(), tmp_path, progress) == first
+
+
+def test_a_run_whose_loss_is_not_finite_ends(tmp_path, progress):
+    def loss(model, batch):
+        # Beyond float32 in a few steps.
+        return squares(model, batch) * jnp.float32(1e30)
+
+    run = run_of(transformation=optax.sgd(1.0))
+    rows = train(task_of(loss, steps=50), run, tmp_path, progress)
+    assert math.isnan(rows[-1]["loss"])
+    assert "norm" not in rows[-1]
+    assert rows[-1]["step"] < 50
+    assert all(math.isfinite(row["loss"]) for row in rows[:-1])
+    again = train(task_of(loss, fails_at=0, steps=50), run, tmp_path, progress)
+    assert without_seconds(again[:-1]) == without_seconds(rows[:-1])
+    assert math.isnan(again[-1]["loss"])
+
+
+def test_seeds_differ_and_share_a_compiled_step(tmp_path):
+    @chex.assert_max_traces(1)
+    def loss(model, batch):
+        return squares(model, batch)
+
+    transformation = optax.adam(0.1)
+    runs = [run_of(seed, transformation) for seed in range(3)]
+    history = train_all(task_of(loss), runs, tmp_path, {})
+    assert list(history) == runs
+    assert len({rows[-1]["loss"] for rows in history.values()}) == 3
+
+
+def test_other_settings_are_refused(tmp_path):
+    task, runs = task_of(steps=2), [run_of()]
+    train_all(task, runs, tmp_path, {"steps": 2, "data": None})
+    train_all(task, runs, tmp_path, {"steps": 2, "data": None})
+    with pytest.raises(ValueError, match=r"other settings: steps 2, now 4.*--output"):
+        train_all(task_of(steps=4), runs, tmp_path, {"steps": 4, "data": None})
+    with pytest.raises(ValueError, match="other settings: data None, now 'x'"):
+        train_all(task, runs, tmp_path, {"steps": 2, "data": "x"})
+
+
+def test_progress_counts_all_runs(tmp_path, monkeypatch):
+    bars = []
+
+    def bar(**options):
+        bars.append(tqdm(**options, disable=False))
+        return bars[-1]
+
+    monkeypatch.setattr(training, "tqdm", bar)
+    runs = [run_of(seed, optax.adam(0.1)) for seed in range(2)]
+    for _ in range(2):  # trained, and found done
+        train_all(task_of(), runs, tmp_path, {})
+    assert [(x.n, x.total) for x in bars] == [(20, 20), (20, 20)]
+
+
+def test_evaluation_leaves_the_model_in_training(tmp_path, progress):
+    def evaluate(model):
+        model.eval()
+        return {"mean": float(model(jnp.ones((2, 3)))[0, 0])}
+
+    with_eval = train(task_of(evaluate=evaluate), run_of(), tmp_path / "a", progress)
+    without = train(task_of(), run_of(), tmp_path / "b", progress)
+    assert [x["loss"] for x in with_eval] == [x["loss"] for x in without]
+    assert len({x["mean"] for x in with_eval}) > 1
+    assert jax.tree.leaves(with_eval)
