@@ -107,7 +107,8 @@ def final_table(history: History, metric: str, last: int) -> str:
     seeds = len({run.seed for run in history})
     steps = max(int(x[-1]["step"]) for x in history.values())
     among = f", mean (lowest to highest) of {seeds} seeds" if seeds > 1 else ""
-    return f"{metric.capitalize()} after {steps:,} steps{among}:\n\n{table(rows)}"
+    title = metric[:1].upper() + metric[1:]
+    return f"{title} after {steps:,} steps{among}:\n\n{table(rows)}"
 
 
 def spread(values: Sequence[float]) -> str:

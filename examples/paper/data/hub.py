@@ -3,20 +3,23 @@
 import datasets
 
 
-def load(source: str, split: str, columns: set[str]) -> datasets.Dataset:
+def load(
+    source: str, split: str, columns: set[str], revision: str | None = None
+) -> datasets.Dataset:
     """Returns one split of a data set.
 
     Args:
       source: Its name on the hub, or the folder with its files.
       split: Name of the split.
       columns: What it must hold.
+      revision: Branch on the hub, if not the main one.
 
     Raises:
       OSError: It cannot be loaded.
       ValueError: It lacks a column.
     """
     try:
-        found = datasets.load_dataset(source, split=split)
+        found = datasets.load_dataset(source, split=split, revision=revision)
     except Exception as error:  # of many kinds: no network, no such name, no files
         raise OSError(
             f"cannot load the split {split!r} of the data set {source!r}: {error} "
