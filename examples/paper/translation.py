@@ -83,7 +83,7 @@ SIZES = {
         rates=(3e-3,),
         b3=0.99,
         steps=800,
-        row_every=200,
+        row_every=400,
         warmup=250,
         after_warmup="constant",
     ),
