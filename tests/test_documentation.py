@@ -42,6 +42,7 @@ def test_extras_and_scripts_in_readme_exist():
         assert (ROOT / script).is_file()
 
 
+@pytest.mark.slow
 def test_example_command_runs(tmp_path):
     (command,) = (c for c in commands() if c.startswith("pip install -e '.[examples]'"))
     _, script = command.split(" && ")

@@ -203,6 +203,7 @@ def test_experiments_run(experiment, tmp_path, capsys, monkeypatch):
     name = experiment.__name__.split(".")[-1]
     monkeypatch.setattr("sys.argv", [f"{name}.py", "--epochs", "1"])
     monkeypatch.setattr(robustness, "LEARNING_RATES", (0.01,))
+    monkeypatch.setattr(image_classification, "ROWS", 2)
     experiment.main(Options(epochs=1, seeds=1, output=tmp_path))
     printed = capsys.readouterr().out
     assert f"`python -m examples.paper.{name} --epochs 1`" in printed
