@@ -127,41 +127,60 @@ def train(task: Task, run: Run, folder: Path, progress: tqdm) -> list[Row]:
       longer finite, from which no optimizer here comes back.
     """
     progress.set_description(str(run))
+    before = progress.n
     path = (folder / re.sub(r"[^\w.]+", "_", str(run))).absolute()
-    # Saved by the clock, so that checkpoints take little of the time of any run.
     options = ocp.CheckpointManagerOptions(max_to_keep=1)
     with ocp.CheckpointManager(path, options=options) as manager:
-        state, rows = restore(manager, initial_state(task, run))
-        step = int(rows[-1]["step"]) if rows else 0
-        progress.update(step)
-        batches = task.batches(run.seed)
-        train_step = compiled_step(task, run.transformation)
-        losses: list[jax.Array] = []
-        start = time.perf_counter() - (rows[-1]["seconds"] if rows else 0.0)
-        saved = time.perf_counter()
-        while step < task.steps and not (rows and math.isnan(rows[-1]["loss"])):
-            state, loss = train_step(state, batches[step])
-            losses.append(loss)
-            step += 1
-            progress.update()
-            if step % task.row_every and step < task.steps:
-                continue
-            row = {"step": step, "loss": float(np.mean(jax.device_get(losses)))}
-            losses.clear()
-            if math.isfinite(row["loss"]):
-                row |= task.evaluate(assemble(task, state.params, state.rest))
-            else:
-                progress.write(f"{run}: the loss of step {step} is {row['loss']}.")
-                row["loss"] = math.nan
-            progress.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k != "step"})
-            rows.append(row | {"seconds": time.perf_counter() - start})
-            if time.perf_counter() - saved > SAVE_EVERY:
-                save(manager, state, rows)
-                saved = time.perf_counter()
-        if manager.latest_step() != step:
-            save(manager, state, rows)
-        progress.update(task.steps - step)
+        rows = restore_rows(manager)
+        if not finished(task, rows):
+            state = restore_state(manager, initial_state(task, run))
+            go_on(task, run, state, rows, manager, progress)
+    progress.update(before + task.steps - progress.n)
     return rows
+
+
+def finished(task: Task, rows: Sequence[Row]) -> bool:
+    if not rows:
+        return False
+    return rows[-1]["step"] == task.steps or math.isnan(rows[-1]["loss"])
+
+
+def go_on(
+    task: Task,
+    run: Run,
+    state: TrainState,
+    rows: list[Row],
+    manager: ocp.CheckpointManager,
+    progress: tqdm,
+) -> None:
+    """Trains from the state after the last row, appends rows, and saves."""
+    step = int(rows[-1]["step"]) if rows else 0
+    progress.update(step)
+    batches = task.batches(run.seed)
+    train_step = compiled_step(task, run.transformation)
+    losses: list[jax.Array] = []
+    start = time.perf_counter() - (rows[-1]["seconds"] if rows else 0.0)
+    saved = time.perf_counter()
+    while not finished(task, rows):
+        state, loss = train_step(state, batches[step])
+        losses.append(loss)
+        step += 1
+        progress.update()
+        if step % task.row_every and step < task.steps:
+            continue
+        row = {"step": step, "loss": float(np.mean(jax.device_get(losses)))}
+        losses.clear()
+        if math.isfinite(row["loss"]):
+            row |= task.evaluate(assemble(task, state.params, state.rest))
+        else:
+            progress.write(f"{run}: the loss of step {step} is {row['loss']}.")
+            row["loss"] = math.nan
+        progress.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k != "step"})
+        rows.append(row | {"seconds": time.perf_counter() - start})
+        # By the clock, so that checkpoints take little of the time of any run.
+        if finished(task, rows) or time.perf_counter() - saved > SAVE_EVERY:
+            save(manager, state, rows)
+            saved = time.perf_counter()
 
 
 def initial_state(task: Task, run: Run) -> TrainState:
@@ -221,15 +240,17 @@ def save(manager: ocp.CheckpointManager, state: TrainState, rows: list[Row]) -> 
     manager.save(int(rows[-1]["step"]), args=saved, force=True)
 
 
-def restore(
-    manager: ocp.CheckpointManager, like: TrainState
-) -> tuple[TrainState, list[Row]]:
-    """Returns the last checkpoint, or what it would be like before the first step."""
-    step = manager.latest_step()
-    if step is None:
-        return like, []
-    wanted = ocp.args.Composite(
-        state=ocp.args.StandardRestore(like._asdict()), rows=ocp.args.JsonRestore()
-    )
-    found = manager.restore(step, args=wanted)
-    return TrainState(**found["state"]), found["rows"]["rows"]
+def restore_rows(manager: ocp.CheckpointManager) -> list[Row]:
+    """Returns the rows of the last checkpoint, none before the first."""
+    if (step := manager.latest_step()) is None:
+        return []
+    wanted = ocp.args.Composite(rows=ocp.args.JsonRestore())
+    return manager.restore(step, args=wanted)["rows"]["rows"]
+
+
+def restore_state(manager: ocp.CheckpointManager, like: TrainState) -> TrainState:
+    """Returns the state of the last checkpoint, before the first ``like`` itself."""
+    if (step := manager.latest_step()) is None:
+        return like
+    wanted = ocp.args.Composite(state=ocp.args.StandardRestore(like._asdict()))
+    return TrainState(**manager.restore(step, args=wanted)["state"])
