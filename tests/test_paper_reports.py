@@ -54,6 +54,12 @@ def test_table_of_an_earlier_step_and_of_several_rows():
     assert "| AdaMod | 2.000 |  | 20, 2.0 horizons of 10 |" in table
 
 
+def test_a_run_that_diverges_later_counts_before():
+    table = report.final_table(report.until(HISTORY, 10), "loss", last=1)
+    assert "diverged" not in table
+    assert "| Adam | 3.000 (3.000 to 3.000) | 3.000 (3.000 to 3.000) | 10 |" in table
+
+
 def test_all_diverged():
     assert report.spread([math.nan, math.nan]) == "2 of 2 diverged"
 
@@ -115,13 +121,17 @@ def test_leaving_the_plateau(losses, words):
 def test_heat_map(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(plateau.plt, "close", figures.append)
-    plateau.draw_heat_map(HISTORY, 3.1, 1, tmp_path / "map.png")
+    history = HISTORY | {
+        run_of("AdaMod", rate=1.0, seed=0): rows_of(1.0, 2.0, 3.0),
+        run_of("AdaMod", rate=1.0, seed=1): rows_of(3.0, 2.0, 1.0),
+    }
+    plateau.draw_heat_map(history, 3.0, 1, tmp_path / "map.png")
     monkeypatch.undo()
     (figure,) = figures
     axis = figure.axes[0]
     (image,) = axis.images
     np.testing.assert_array_equal(
-        np.ma.filled(image.get_array(), np.nan), [[1.5, np.nan], [0.5, np.nan]]
+        np.ma.filled(image.get_array(), np.nan), [[1.5, np.nan], [0.5, 2.0]]
     )
     texts = {
         (round(x.get_position()[1]), round(x.get_position()[0])): x.get_text()
@@ -130,7 +140,7 @@ def test_heat_map(tmp_path, monkeypatch):
     assert texts[0, 0] == "1.50\nleft at 20"
     assert texts[0, 1] == "diverged\n2 of 2 never left"
     assert texts[1, 0] == "0.50\nleft at 20"
-    assert texts[1, 1] == ""
+    assert texts[1, 1] == "2.00\nleft at 20\n1 of 2 fell back"
     assert [x.get_text() for x in axis.get_yticklabels()] == ["Adam", "AdaMod"]
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
     plt.close(figure)

@@ -74,8 +74,7 @@ def grouped(history: History) -> dict[str, dict[float, list[Run]]]:
 def until(history: History, step: int) -> History:
     """Returns the history as it was after the given step."""
     return {
-        run: [x for x in rows if x["step"] <= step or math.isnan(x["loss"])]
-        for run, rows in history.items()
+        run: [x for x in rows if x["step"] <= step] for run, rows in history.items()
     }
 
 
