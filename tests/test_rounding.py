@@ -174,6 +174,7 @@ def trajectory(gradients_of, steps, coordinates, **settings):
     return run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("b3", [0.999, 0.9999])
 def test_averages_follow_float32_for_20000_steps(b3):
     coordinates, steps = 2048, 20_000
