@@ -162,6 +162,32 @@ def test_seeds_differ_and_share_a_compiled_step(tmp_path):
     assert len({rows[-1]["loss"] for rows in history.values()}) == 3
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batches": lambda seed: Batches(7)},
+        {"create_model": lambda rngs: Model(nnx.Rngs(7))},
+    ],
+    ids=["weights", "batches"],
+)
+def test_seeds_give_other(changes, tmp_path, progress):
+    task = task_of(steps=1, **changes)
+    first, second = (train(task, run_of(x), tmp_path, progress) for x in range(2))
+    assert first[0]["loss"] != second[0]["loss"]
+
+
+def test_progress_counts_steps(tmp_path):
+    counted = []
+    with tqdm(total=10) as bar:
+
+        def evaluate(model):
+            counted.append(bar.n)
+            return {}
+
+        train(task_of(evaluate=evaluate), run_of(), tmp_path, bar)
+    assert counted == [2, 4, 6, 8, 10]
+
+
 def test_other_settings_are_refused(tmp_path):
     task, runs = task_of(steps=2), [run_of()]
     train_all(task, runs, tmp_path, {"steps": 2, "data": None})
