@@ -6,7 +6,6 @@ import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 from PIL import Image
@@ -238,4 +237,3 @@ def test_defaults_of_the_sizes():
     assert (Options().epochs, Options().b3) == (40, 0.99)
     full = Options(size="full")
     assert (full.epochs, full.b3) == (300, 0.999)
-    assert isinstance(optimizers(0.1, 10, 0.9)["SGD"], optax.GradientTransformation)

@@ -6,9 +6,7 @@ The paper's DenseNet-121 on CIFAR-100 at full size, a smaller one on digits by d
     python -m examples.paper.densenet --size full
 """
 
-import matplotlib
-import tyro
-
+from .command import command
 from .data.images import cifar, digits
 from .image_classification import Options, compare
 from .models.densenet import DenseNet
@@ -33,8 +31,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    matplotlib.use("Agg")
-    try:
-        main(tyro.cli(Options, description=__doc__))
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+    command(main, Options, __doc__)

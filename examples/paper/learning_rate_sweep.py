@@ -12,9 +12,7 @@ import dataclasses
 from pathlib import Path
 
 import jax
-import matplotlib
 import optax
-import tyro
 from flax import nnx
 
 from benchmarks.report import table
@@ -22,6 +20,7 @@ from optax_adamod import adamod
 
 from ..stdlib_text import FOLDER, load_text
 from ..transformer import Transformer
+from .command import command
 from .data.text import batches, unigram_entropy
 from .plateau import draw_heat_map, path_of
 from .report import budget, grouped, report
@@ -168,8 +167,4 @@ def main(options: Options) -> History:
 
 
 if __name__ == "__main__":
-    matplotlib.use("Agg")
-    try:
-        main(tyro.cli(Options, description=__doc__))
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+    command(main, Options, __doc__)

@@ -6,10 +6,8 @@ The paper's ResNet-34 on CIFAR-10 at full size, a smaller one on digits by defau
     python -m examples.paper.robustness --size full
 """
 
-import matplotlib
-import tyro
-
 from ..resnet import ResNet
+from .command import command
 from .data.images import cifar, digits
 from .image_classification import Options, compare
 
@@ -30,8 +28,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    matplotlib.use("Agg")
-    try:
-        main(tyro.cli(Options, description=__doc__))
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+    command(main, Options, __doc__)

@@ -15,16 +15,15 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 import sacrebleu
-import tyro
 from flax import nnx
 from tokenizers import Tokenizer
 
 from optax_adamod import adamodw
 
+from .command import command
 from .data.translation import (
     PAD,
     Encoded,
@@ -312,8 +311,4 @@ def main(options: Options) -> History:
 
 
 if __name__ == "__main__":
-    matplotlib.use("Agg")
-    try:
-        main(tyro.cli(Options, description=__doc__))
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+    command(main, Options, __doc__)

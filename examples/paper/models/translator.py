@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 from ..data.translation import END, PAD
@@ -251,8 +252,8 @@ def label_smoothed_loss(
     Returns:
       float32[].
     """
-    log_p, target = nnx.log_softmax(logits), jnp.asarray(target)
-    of_target = jnp.take_along_axis(log_p, target[..., None], axis=-1)[..., 0]
-    losses = -(1 - smoothing) * of_target - smoothing * log_p.mean(axis=-1)
+    target = jnp.asarray(target)
+    labels = optax.smooth_labels(nnx.one_hot(target, logits.shape[-1]), smoothing)
+    losses = optax.softmax_cross_entropy(logits, labels)
     is_token = target != PAD
     return jnp.sum(losses, where=is_token) / jnp.sum(is_token)
