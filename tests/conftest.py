@@ -1,4 +1,6 @@
-"""Eight CPU devices, strict ranks, and 64-bit mode on request."""
+"""Eight CPU devices, strict ranks, 64-bit mode on request, and how many at once."""
+
+import os
 
 import hypothesis
 import jax
@@ -12,6 +14,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compilation makes the first example of a property slow; seeds are fixed.
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("default")
+
+
+def pytest_xdist_auto_num_workers(config):
+    """One process for each core, where they share neither accelerator nor deadline."""
+    everyday = config.option.markexpr == "not compiled and not slow"
+    if not everyday or jax.default_backend() != "cpu":
+        return 0
+    return min(os.cpu_count() or 1, 4)
 
 
 @pytest.fixture(autouse=True)

@@ -359,7 +359,6 @@ def test_a_stack_of_states():
         (dict(b2=jnp.bfloat16(0.9)), TypeError, "b2 was given as an array of bfloat16"),
         (dict(convention="tf"), ValueError, "'paper', 'torch', got 'tf'"),
     ],
-    ids=str,
 )
 def test_nonsense_is_refused(arguments, error, message):
     _, state = follow(adamod(0.1))

@@ -118,13 +118,11 @@ def restored(folder):
 
 
 def test_twenty_sigkills_change_no_bit(start, tmp_path):
-    steps = ("--steps", 600, "--save-every", 10)
-    whole = start(tmp_path / "whole", "--steps", 600, "--save-every", 600)
-    whole.ends()
+    options = ("--save-every", 10, "--steps")
     rng = np.random.default_rng(0)
     begun = []
     for kill in range(20):
-        run = start(tmp_path / "killed", *steps)
+        run = start(tmp_path / "killed", *options, 100_000)  # more than any can reach
         if kill % 4 == 3:  # while it starts, or a little later
             time.sleep(rng.uniform(0, 8))
         else:
@@ -138,9 +136,12 @@ def test_twenty_sigkills_change_no_bit(start, tmp_path):
         saved = run.saved()
         if kill % 4 != 3:
             assert saved[-1] >= begun[-1] + 10
-    last = start(tmp_path / "killed", *steps)
+    steps = saved[-1] + 15
+    last = start(tmp_path / "killed", *options, steps)
     assert last.wait_for_step() == saved[-1]
     last.ends()
+    whole = start(tmp_path / "whole", "--save-every", steps, "--steps", steps)
+    whole.ends()
     assert begun == sorted(set(begun))
     assert begun[-1] >= 10 * 14
     assert last.rows() == whole.rows()
