@@ -46,7 +46,7 @@ from optax_adamod import adamod
 from pod_checkpoints import Checkpoints
 from pod_metrics import Metrics
 from stdlib_text import FOLDER, load_text
-from transformer import Transformer
+from transformer import Transformer, next_token_losses
 from warmup_free_transformer import B2, BATCH, CONTEXT, HEADS
 
 DEVICES = 8  # simulated ones, where there is nothing but a CPU
@@ -164,9 +164,7 @@ def make_train_step(graph: Any, like: Any) -> jax.stages.Wrapped:
         model, optimizer = nnx.merge(graph, state)
 
         def loss_fn(model: Transformer) -> jax.Array:
-            return optax.softmax_cross_entropy_with_integer_labels(
-                model(windows[:, :-1]), windows[:, 1:]
-            ).mean()
+            return next_token_losses(model, windows).mean()
 
         loss, gradients = nnx.value_and_grad(loss_fn)(model)
         optimizer.update(model, gradients)

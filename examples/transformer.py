@@ -1,10 +1,11 @@
-"""A Post-LN Transformer language model over bytes, in Flax NNX."""
+"""A Post-LN Transformer language model, in Flax NNX."""
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
-VOCABULARY = 256  # bytes
+BYTES = 256
 
 
 class Block(nnx.Module):
@@ -34,7 +35,7 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Predicts the next byte at every position.
+    """Predicts the next token, by default a byte, at every position.
 
     Unless ``variance`` is given, the layers that feed the residual sums start
     1/sqrt(depth) as large as the others, so that all blocks together add as much
@@ -48,16 +49,17 @@ class Transformer(nnx.Module):
         heads: int,
         context: int,
         variance: float | None = None,
+        vocabulary: int = BYTES,
         *,
         rngs: nnx.Rngs,
     ):
         variance = 1 / depth if variance is None else variance
-        self.tokens = nnx.Embed(VOCABULARY, width, rngs=rngs)
+        self.tokens = nnx.Embed(vocabulary, width, rngs=rngs)
         self.positions = nnx.Embed(context, width, rngs=rngs)
         self.blocks = nnx.List(
             [Block(variance, width, heads, rngs=rngs) for _ in range(depth)]
         )
-        self.logits = nnx.Linear(width, VOCABULARY, rngs=rngs)
+        self.logits = nnx.Linear(width, vocabulary, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         x = self.tokens(tokens) + self.positions(jnp.arange(tokens.shape[-1]))[None]
@@ -65,3 +67,10 @@ class Transformer(nnx.Module):
         for block in self.blocks:
             x = block(x, mask)
         return self.logits(x)
+
+
+def next_token_losses(model: nnx.Module, windows: jax.Array) -> jax.Array:
+    """Returns the loss of every token but the first, in nats: float32[batch, N - 1]."""
+    return optax.softmax_cross_entropy_with_integer_labels(
+        model(windows[:, :-1]), windows[:, 1:]
+    )

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from learning_rate_figure import plot
 from optax_adamod import ScaleByAdamodState, adamod, learning_rates, log10_histogram
 from stdlib_text import FOLDER, load_text
-from transformer import Transformer
+from transformer import Transformer, next_token_losses
 
 CONTEXT = 64
 BATCH = 32
@@ -112,9 +112,7 @@ def train_step(
     windows = jnp.asarray(windows)
 
     def loss_fn(model: Transformer) -> jax.Array:
-        return optax.softmax_cross_entropy_with_integer_labels(
-            model(windows[:, :-1]), windows[:, 1:]
-        ).mean()
+        return next_token_losses(model, windows).mean()
 
     loss, gradients = nnx.value_and_grad(loss_fn)(model)
     optimizer.update(model, gradients)

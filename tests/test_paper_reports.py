@@ -211,7 +211,7 @@ def test_unigram_entropy():
 def test_windows_of_text():
     text = np.arange(100, dtype=np.uint8)
     batches = sweep.batches(text, context=4, seed=0, size=8)
-    windows = np.concatenate([batches[i]["bytes"] for i in range(12)])
+    windows = np.concatenate([batches[i]["tokens"] for i in range(12)])
     assert windows.shape == (96, 5)
     assert windows.dtype == np.int32
     np.testing.assert_array_equal(
@@ -219,6 +219,6 @@ def test_windows_of_text():
     )
     assert sorted(windows[:, 0]) == list(range(96))
     again = sweep.batches(text, context=4, seed=0, size=8)
-    np.testing.assert_array_equal(again[3]["bytes"], batches[3]["bytes"])
+    np.testing.assert_array_equal(again[3]["tokens"], batches[3]["tokens"])
     other = sweep.batches(text, context=4, seed=1, size=8)
-    assert not np.array_equal(other[0]["bytes"], batches[0]["bytes"])
+    assert not np.array_equal(other[0]["tokens"], batches[0]["tokens"])

@@ -12,6 +12,7 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
@@ -19,7 +20,7 @@ from benchmarks.report import table
 from optax_adamod import adamod
 
 from ..stdlib_text import FOLDER, load_text
-from ..transformer import Transformer
+from ..transformer import Transformer, next_token_losses
 from .command import command
 from .data.text import batches, unigram_entropy
 from .plateau import draw_heat_map, path_of
@@ -104,10 +105,7 @@ def optimizers(
 
 
 def loss(model: nnx.Module, batch: Batch) -> jax.Array:
-    windows = batch["bytes"]
-    return optax.softmax_cross_entropy_with_integer_labels(
-        model(windows[:, :-1]), windows[:, 1:]
-    ).mean()
+    return next_token_losses(model, jnp.asarray(batch["tokens"])).mean()
 
 
 def runs_of(options: Options) -> list[Run]:
@@ -120,7 +118,7 @@ def runs_of(options: Options) -> list[Run]:
     ]
 
 
-def plateau_table(history: History, plateau: float) -> str:
+def plateau_table(history: History, plateau: float, tokens: str) -> str:
     """Returns when each run left the plateau, and when it fell back to it."""
     rows = []
     for optimizer, by_rate in grouped(history).items():
@@ -135,8 +133,8 @@ def plateau_table(history: History, plateau: float) -> str:
                 }
             )
     return (
-        f"The plateau is at {plateau:.3f} nats, the entropy of single bytes. The steps "
-        f"at which a run left it, and fell back to it:\n\n{table(rows)}"
+        f"The plateau is at {plateau:.3f} nats, the entropy of single {tokens}. The "
+        f"steps at which a run left it, and fell back to it:\n\n{table(rows)}"
     )
 
 
@@ -160,7 +158,7 @@ def main(options: Options) -> History:
     report(
         "learning_rate_sweep", history, "loss", options.output,
         budgets=(options.early, options.steps), rows=FINAL,
-        extra=[plateau_table(history, plateau)],
+        extra=[plateau_table(history, plateau, "bytes")],
     )  # fmt: skip
     draw_heat_map(history, plateau, FINAL, options.output / "heat_map.png")
     return history

@@ -39,6 +39,7 @@ class Task:
       steps: Training steps of a run, its budget.
       row_every: Steps from one row of a run's history to the next.
       evaluate: What each row records of the model beside its training loss, by name.
+      record: What each row records of the optimizer's state.
     """
 
     create_model: Callable[[nnx.Rngs], nnx.Module]
@@ -47,6 +48,7 @@ class Task:
     steps: int
     row_every: int
     evaluate: Callable[[nnx.Module], dict[str, float]] = lambda model: {}  # noqa: ARG005
+    record: Callable[[Any], dict[str, float]] = lambda opt_state: {}  # noqa: ARG005
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +105,9 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """Keeps runs of different settings out of one folder, where they would be mixed."""
     new = json.loads(json.dumps(settings, default=str))
     if not path.exists():
-        path.write_text(json.dumps(new, indent=1) + "\n")
+        whole = path.with_suffix(".tmp")
+        whole.write_text(json.dumps(new, indent=1) + "\n")
+        whole.replace(path)  # there or not, after a crash, and never half of it
         return
     old = json.loads(path.read_text())
     changed = [
@@ -172,6 +176,7 @@ def go_on(
         losses.clear()
         if math.isfinite(row["loss"]):
             row |= task.evaluate(assemble(task, state.params, state.rest))
+            row |= task.record(state.opt_state)
         else:
             progress.write(f"{run}: the loss of step {step} is {row['loss']}.")
             row["loss"] = math.nan

@@ -1,0 +1,114 @@
+"""Do ReLU units that sleep go on training, and how far do they move when they wake?
+
+The ResNet of ``robustness`` on digits, in batches so small that at a large learning
+rate most units are off in most steps, by Adam, AdaMod, and variants of AdaMod that
+treat sleeping coordinates differently (:mod:`examples.paper.lazy_bounds`):
+
+    python -m examples.paper.sleeping_units
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ..resnet import ResNet
+from .command import command
+from .data.images import digits
+from .image_classification import accuracy, loss
+from .report import report
+from .sleeping_words import optimizers
+from .training import History, Run, Task, train_all
+from .waking import losses_table, record_updates, recorded, updates_table
+
+ROWS = 5  # of a run's history
+BLOCKS, WIDTH = (1, 1, 1), 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Compares what AdaMod may do with sleeping units."""
+
+    rates: tuple[float, ...] = (1e-2, 3e-2, 1e-1)
+    """Learning rates, constant."""
+    seeds: int = 3
+    """How often to repeat everything, from other weights and on other batches."""
+    steps: int = 4000
+    """Training steps of each run: 40 horizons of b3 0.99, 22 epochs of batches of 8."""
+    warmup: int = 300
+    """Steps of Adam's linear warm-up."""
+    b2: float = 0.999
+    """Decay rate of the second moment, of all optimizers."""
+    b3: float = 0.99
+    """AdaMod's b3; its bound opens over about 1 / (1 - b3) steps."""
+    batch: int = 8
+    """Images in a batch."""
+    output: Path = Path("outputs/sleeping_units")
+    """Folder for checkpoints, tables and figures; a run that was stopped goes on."""
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "steps", "warmup", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"--{name} must be at least 1, got {getattr(self, name)}."
+                )
+        if not self.rates or min(self.rates) <= 0:
+            raise ValueError(f"--rates must be positive, got {self.rates}.")
+        for name in ("b2", "b3"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(
+                    f"--{name} must be in (0, 1), got {getattr(self, name)}."
+                )
+
+
+def everything(tree: Any) -> jax.Array:
+    """Returns all coordinates of a tree, one after the other."""
+    return jnp.concatenate([x.ravel() for x in jax.tree.leaves(tree)])
+
+
+def main(options: Options) -> History:
+    images = digits()
+
+    def create_model(rngs: nnx.Rngs) -> ResNet:
+        return ResNet(BLOCKS, WIDTH, images.channels, images.classes, rngs=rngs)
+
+    size = everything(nnx.state(create_model(nnx.Rngs(0)), nnx.Param)).size
+    task = Task(
+        create_model=create_model,
+        loss=loss,
+        batches=lambda seed: images.batches(seed, options.batch),
+        steps=options.steps,
+        row_every=max(1, options.steps // ROWS),
+        evaluate=lambda model: {"test accuracy": accuracy(model, images)},
+        record=recorded,
+    )
+    runs = [
+        Run(
+            name,
+            record_updates(tx, rate, everything, size),
+            rate,
+            seed,
+            options.b3 if name.startswith("AdaMod") else None,
+        )
+        for rate in options.rates
+        for name, tx in optimizers(
+            rate, options.warmup, options.b2, options.b3
+        ).items()
+        for seed in range(options.seeds)
+    ]
+    settings = dataclasses.asdict(options)
+    for name in ("rates", "seeds", "output"):
+        del settings[name]
+    history = train_all(task, runs, options.output / "runs", settings)
+    report(
+        "sleeping_units", history, "test accuracy", options.output,
+        extra=[updates_table(history)],
+    )  # fmt: skip
+    return history
+
+
+if __name__ == "__main__":
+    command(main, Options, __doc__)

@@ -1,0 +1,190 @@
+"""Do embeddings of rare words train, and how far do they move when they wake?
+
+A Post-LN Transformer on the words of Python's standard library, all of them, by Adam,
+Adam with warm-up, AdaMod, and variants of AdaMod that treat sleeping coordinates
+differently (:mod:`examples.paper.lazy_bounds`):
+
+    python -m examples.paper.sleeping_words
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from optax_adamod import adamod
+
+from ..stdlib_text import FOLDER
+from ..transformer import Transformer, next_token_losses
+from .command import command
+from .data.text import batches, unigram_entropy
+from .data.words import Words, load_words
+from .lazy_bounds import VARIANTS, lazy_adamod
+from .learning_rate_sweep import loss, plateau_table
+from .report import report
+from .training import History, Run, Task, train_all
+from .waking import (
+    AWAKE,
+    SHARES,
+    awake_share,
+    losses_table,
+    record_updates,
+    recorded,
+    updates_table,
+)
+
+HEADS = 4
+ROWS = 5  # of a run's history
+VALIDATED = 64  # windows at once
+VALIDATIONS = 24  # so many times, spread over the text
+BY_WORD_TITLE = (
+    "Validation loss after a word whose embedding is awake in the given share of steps"
+)
+BY_WORD = [f"after words in {share}" for share in AWAKE]
+NEVER = "after words never trained"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Compares what AdaMod may do with sleeping embeddings."""
+
+    rates: tuple[float, ...] = (1e-3, 3e-3)
+    """Learning rates."""
+    seeds: int = 3
+    """How often to repeat everything, from other weights and on other batches."""
+    steps: int = 2000
+    """Training steps of each run: 20 horizons of b3 0.99."""
+    warmup: int = 300
+    """Steps of Adam's linear warm-up."""
+    b2: float = 0.999
+    """Decay rate of the second moment, of all optimizers."""
+    b3: float = 0.99
+    """AdaMod's b3; its bound opens over about 1 / (1 - b3) steps."""
+    depth: int = 12
+    """Transformer blocks."""
+    width: int = 32
+    """Features of each word, a multiple of 4, the number of heads."""
+    context: int = 16
+    """Words that the model sees."""
+    batch: int = 8
+    """Windows of text in a batch."""
+    text: Path = FOLDER
+    """Folder whose .py files are the text."""
+    output: Path = Path("outputs/sleeping_words")
+    """Folder for checkpoints, tables and figures; a run that was stopped goes on."""
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "steps", "warmup", "depth", "width", "context", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"--{name} must be at least 1, got {getattr(self, name)}."
+                )
+        if self.width % HEADS:
+            raise ValueError(
+                f"--width must be a multiple of {HEADS}, the number of heads, got "
+                f"{self.width}."
+            )
+        if not self.rates or min(self.rates) <= 0:
+            raise ValueError(f"--rates must be positive, got {self.rates}.")
+        for name in ("b2", "b3"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(
+                    f"--{name} must be in (0, 1), got {getattr(self, name)}."
+                )
+
+
+def optimizers(
+    learning_rate: float, warmup: int, b2: float, b3: float
+) -> dict[str, optax.GradientTransformation]:
+    schedule = optax.linear_schedule(learning_rate / warmup, learning_rate, warmup)
+    return {
+        "Adam": optax.adam(learning_rate, b2=b2),
+        f"Adam, {warmup} steps of warm-up": optax.adam(schedule, b2=b2),
+        "AdaMod": adamod(learning_rate, b2=b2, b3=b3),
+        **{
+            f"AdaMod, {name}": lazy_adamod(learning_rate, name, b2=b2, b3=b3)
+            for name in VARIANTS
+        },
+    }
+
+
+def runs_of(options: Options) -> list[Run]:
+    """Returns every run; the embeddings' updates are recorded in its state."""
+    awake = options.batch * options.context * options.width
+    return [
+        Run(
+            name,
+            record_updates(tx, rate, lambda tree: tree["tokens"]["embedding"], awake),
+            rate,
+            seed,
+            options.b3 if name.startswith("AdaMod") else None,
+        )
+        for rate in options.rates
+        for name, tx in optimizers(
+            rate, options.warmup, options.b2, options.b3
+        ).items()
+        for seed in range(options.seeds)
+    ]
+
+
+@nnx.jit
+def losses_of(model: Transformer, windows: jax.Array) -> jax.Array:
+    return next_token_losses(model, windows)
+
+
+def validate(
+    model: nnx.Module, words: Words, context: int, batch: int
+) -> dict[str, float]:
+    """Returns the validation loss, of all words and by how often the last one wakes."""
+    starts = np.linspace(
+        0, len(words.validation) - context - 1, VALIDATED * VALIDATIONS, dtype=int
+    )
+    windows = words.validation[starts[:, None] + np.arange(context + 1)]
+    parts = [losses_of(model, jnp.asarray(x)) for x in np.split(windows, VALIDATIONS)]
+    losses = np.concatenate(parts)
+    last = awake_share(words.counts, batch * context)[windows[:, :-1]]
+    row = {"validation loss": float(losses.mean())}
+    group = np.where(last > 0, np.searchsorted(SHARES, last), len(AWAKE))
+    for index, name in enumerate((*BY_WORD, NEVER)):
+        if (group == index).any():
+            row[name] = float(losses[group == index].mean())
+    return row
+
+
+def main(options: Options) -> History:
+    words = load_words(options.text, at_least=options.context + 1)
+    task = Task(
+        create_model=lambda rngs: Transformer(
+            options.depth, options.width, HEADS, options.context,
+            vocabulary=len(words.vocabulary), rngs=rngs,
+        ),
+        loss=loss,
+        batches=lambda seed: batches(
+            words.train, options.context, seed, options.batch
+        ),
+        steps=options.steps,
+        row_every=max(1, options.steps // ROWS),
+        evaluate=lambda model: validate(model, words, options.context, options.batch),
+        record=recorded,
+    )  # fmt: skip
+    settings = dataclasses.asdict(options)
+    for name in ("rates", "seeds", "output"):
+        del settings[name]
+    history = train_all(task, runs_of(options), options.output / "runs", settings)
+    report(
+        "sleeping_words", history, "validation loss", options.output,
+        extra=[
+            losses_table(history, (*BY_WORD, NEVER), BY_WORD_TITLE),
+            updates_table(history),
+            plateau_table(history, unigram_entropy(words.train), "words"),
+        ],
+    )  # fmt: skip
+    return history
+
+
+if __name__ == "__main__":
+    command(main, Options, __doc__)
