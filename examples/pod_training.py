@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 import local_processes
 from optax_adamod import adamod
+from options import check_counts, check_heads
 from pod_checkpoints import Checkpoints
 from pod_metrics import Metrics
 from stdlib_text import FOLDER, load_text
@@ -83,17 +84,8 @@ class Options:
     """Folder whose .py files are the text."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "depth", "width", "fsdp", "save_every"):
-            if getattr(self, name) < 1:
-                option = name.replace("_", "-")
-                raise ValueError(
-                    f"--{option} must be at least 1, got {getattr(self, name)}."
-                )
-        if self.width % HEADS:
-            raise ValueError(
-                f"--width must be a multiple of {HEADS}, the number of heads, got "
-                f"{self.width}."
-            )
+        check_counts(self, "steps", "depth", "width", "fsdp", "save_every")
+        check_heads(self, HEADS)
         if self.local_processes not in (0, 1, 2, 4, 8):
             raise ValueError(
                 f"--local-processes must be 1, 2, 4 or 8, got {self.local_processes}."

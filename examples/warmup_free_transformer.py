@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from learning_rate_figure import plot
 from optax_adamod import ScaleByAdamodState, adamod, learning_rates, log10_histogram
+from options import check_counts, check_heads
 from stdlib_text import FOLDER, load_text
 from transformer import Transformer, next_token_losses
 
@@ -60,21 +61,13 @@ class Options:
     """Folder whose .py files are the text."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "depth", "width", "seeds"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"--{name} must be at least 1, got {getattr(self, name)}."
-                )
+        check_counts(self, "steps", "depth", "width", "seeds")
         if self.steps < FINAL:
             raise ValueError(
                 f"--steps must be at least {FINAL}, over which the final loss is "
                 f"averaged, got {self.steps}."
             )
-        if self.width % HEADS:
-            raise ValueError(
-                f"--width must be a multiple of {HEADS}, the number of heads, got "
-                f"{self.width}."
-            )
+        check_heads(self, HEADS)
         if not self.learning_rate > 0:
             raise ValueError(
                 f"--learning-rate must be positive, got {self.learning_rate}."

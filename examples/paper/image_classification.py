@@ -12,6 +12,7 @@ from flax import nnx
 
 from optax_adamod import adamodw
 
+from ..options import check_counts
 from .data.images import Images
 from .report import report
 from .training import Batch, Run, Task, train_all
@@ -51,11 +52,7 @@ class Options:
         for name, value in SIZES[self.size].items():
             if getattr(self, name, 0) is None:
                 object.__setattr__(self, name, value)
-        for name in ("epochs", "seeds"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"--{name} must be at least 1, got {getattr(self, name)}."
-                )
+        check_counts(self, "epochs", "seeds")
         if self.b3 is None or not 0 <= self.b3 < 1:
             raise ValueError(f"--b3 must be in [0, 1), got {self.b3}.")
         if self.data is not None and self.size == "laptop":

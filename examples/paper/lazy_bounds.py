@@ -39,7 +39,7 @@ def lazy_adamod(
 
     def update(
         updates: optax.Updates,
-        state: ScaleByAdamodState,
+        state: Any,
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, ScaleByAdamodState]:
         del params
@@ -76,16 +76,16 @@ def lazy_adamod(
     )
 
 
-def opening(b: float, count: jax.Array) -> jax.Array:
+def opening(b: float, count: jax.typing.ArrayLike) -> jax.Array:
     """Returns ``1 - b**t``."""
-    return -jnp.expm1(count * jnp.log(b))
+    return -jnp.expm1(jnp.multiply(count, jnp.log(b)))
 
 
-def weight(b: float, count: jax.Array) -> jax.Array:
+def weight(b: float, count: jax.typing.ArrayLike) -> jax.Array:
     """Returns what makes an average the bias-corrected one, at every step."""
     return (1 - b) / opening(b, count)
 
 
-def mean(average: jax.Array, x: Any, b: float, count: jax.Array) -> jax.Array:
+def mean(average: jax.Array, x: Any, b: float, count: jax.typing.ArrayLike) -> jax.Array:
     """Returns the bias-corrected average of positive numbers; the first is itself."""
     return average + jnp.where(average == 0, 1, weight(b, count)) * (x - average)

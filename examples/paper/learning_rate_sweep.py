@@ -19,6 +19,7 @@ from flax import nnx
 from benchmarks.report import table
 from optax_adamod import adamod
 
+from ..options import check_counts, check_heads, check_rates
 from ..stdlib_text import FOLDER, load_text
 from ..transformer import Transformer, next_token_losses
 from .command import command
@@ -71,23 +72,16 @@ class Options:
         if self.whole:
             for name, value in WHOLE.items():
                 object.__setattr__(self, name, value)
-        for name in ("seeds", "steps", "warmup", "depth", "width", "context", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"--{name} must be at least 1, got {getattr(self, name)}."
-                )
+        check_counts(
+            self, "seeds", "steps", "warmup", "depth", "width", "context", "batch"
+        )
         if not 1 <= self.early <= self.steps:
             raise ValueError(
                 f"--early must be at least 1 and at most --steps, {self.steps}, got "
                 f"{self.early}."
             )
-        if self.width % HEADS:
-            raise ValueError(
-                f"--width must be a multiple of {HEADS}, the number of heads, got "
-                f"{self.width}."
-            )
-        if not self.rates or min(self.rates) <= 0:
-            raise ValueError(f"--rates must be positive, got {self.rates}.")
+        check_heads(self, HEADS)
+        check_rates(self)
         if self.variance is not None and not self.variance > 0:
             raise ValueError(f"--variance must be positive, got {self.variance}.")
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ..options import check_counts, check_decays, check_rates
 from ..resnet import ResNet
 from .command import command
 from .data.images import digits
@@ -22,7 +23,7 @@ from .image_classification import accuracy, loss
 from .report import report
 from .sleeping_words import optimizers
 from .training import History, Run, Task, train_all
-from .waking import losses_table, record_updates, recorded, updates_table
+from .waking import record_updates, recorded, updates_table
 
 ROWS = 5  # of a run's history
 BLOCKS, WIDTH = (1, 1, 1), 8
@@ -50,18 +51,9 @@ class Options:
     """Folder for checkpoints, tables and figures; a run that was stopped goes on."""
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "steps", "warmup", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"--{name} must be at least 1, got {getattr(self, name)}."
-                )
-        if not self.rates or min(self.rates) <= 0:
-            raise ValueError(f"--rates must be positive, got {self.rates}.")
-        for name in ("b2", "b3"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(
-                    f"--{name} must be in (0, 1), got {getattr(self, name)}."
-                )
+        check_counts(self, "seeds", "steps", "warmup", "batch")
+        check_rates(self)
+        check_decays(self, "b2", "b3")
 
 
 def everything(tree: Any) -> jax.Array:
@@ -94,9 +86,7 @@ def main(options: Options) -> History:
             options.b3 if name.startswith("AdaMod") else None,
         )
         for rate in options.rates
-        for name, tx in optimizers(
-            rate, options.warmup, options.b2, options.b3
-        ).items()
+        for name, tx in optimizers(rate, options.warmup, options.b2, options.b3).items()
         for seed in range(options.seeds)
     ]
     settings = dataclasses.asdict(options)

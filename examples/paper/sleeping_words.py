@@ -18,6 +18,7 @@ from flax import nnx
 
 from optax_adamod import adamod
 
+from ..options import check_counts, check_decays, check_heads, check_rates
 from ..stdlib_text import FOLDER
 from ..transformer import Transformer, next_token_losses
 from .command import command
@@ -78,23 +79,12 @@ class Options:
     """Folder for checkpoints, tables and figures; a run that was stopped goes on."""
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "steps", "warmup", "depth", "width", "context", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"--{name} must be at least 1, got {getattr(self, name)}."
-                )
-        if self.width % HEADS:
-            raise ValueError(
-                f"--width must be a multiple of {HEADS}, the number of heads, got "
-                f"{self.width}."
-            )
-        if not self.rates or min(self.rates) <= 0:
-            raise ValueError(f"--rates must be positive, got {self.rates}.")
-        for name in ("b2", "b3"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(
-                    f"--{name} must be in (0, 1), got {getattr(self, name)}."
-                )
+        check_counts(
+            self, "seeds", "steps", "warmup", "depth", "width", "context", "batch"
+        )
+        check_heads(self, HEADS)
+        check_rates(self)
+        check_decays(self, "b2", "b3")
 
 
 def optimizers(
@@ -124,15 +114,13 @@ def runs_of(options: Options) -> list[Run]:
             options.b3 if name.startswith("AdaMod") else None,
         )
         for rate in options.rates
-        for name, tx in optimizers(
-            rate, options.warmup, options.b2, options.b3
-        ).items()
+        for name, tx in optimizers(rate, options.warmup, options.b2, options.b3).items()
         for seed in range(options.seeds)
     ]
 
 
 @nnx.jit
-def losses_of(model: Transformer, windows: jax.Array) -> jax.Array:
+def losses_of(model: nnx.Module, windows: jax.Array) -> jax.Array:
     return next_token_losses(model, windows)
 
 

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 
 from optax_adamod import adamodw
 
+from ..options import check_counts, check_rates
 from .command import command
 from .data.translation import (
     PAD,
@@ -130,13 +131,8 @@ class Options:
         for name in ("rates", "steps", "b3"):
             if getattr(self, name) in ((), None):
                 object.__setattr__(self, name, getattr(size, name))
-        for name in ("steps", "seeds"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"--{name} must be at least 1, got {getattr(self, name)}."
-                )
-        if min(self.rates) <= 0:
-            raise ValueError(f"--rates must be positive, got {self.rates}.")
+        check_counts(self, "steps", "seeds")
+        check_rates(self)
         if self.b3 is None or not 0 <= self.b3 < 1:
             raise ValueError(f"--b3 must be in [0, 1), got {self.b3}.")
         if self.data is not None and self.size == "laptop":

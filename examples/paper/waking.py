@@ -22,7 +22,7 @@ EDGES = np.linspace(-4, 2, 61)  # of the histogram of log10 |update| / learning 
 class RecordUpdatesState(NamedTuple):
     """State of :func:`record_updates`."""
 
-    count: jax.Array  # shape=(), dtype=jnp.int32.
+    steps: jax.typing.ArrayLike  # shape=(), dtype=jnp.int32.
     awake: jax.Array  # steps in which each coordinate was; int32[N].
     counts: jax.Array  # of updates, by share and by size; int32[4, 62].
     largest: jax.Array  # update, in learning rates, by share; float32[4].
@@ -59,23 +59,23 @@ def record_updates(
 
     def update(
         updates: optax.Updates,
-        state: RecordUpdatesState,
+        state: Any,
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, RecordUpdatesState]:
         gradients = select(updates).ravel()
         updates, inner_state = inner.update(updates, state.inner, params)
-        count = optax.safe_increment(state.count)
+        steps = optax.safe_increment(state.steps)
         awake = state.awake + (gradients != 0)
         (indices,) = jnp.nonzero(
             gradients, size=at_once, fill_value=gradients.size
         )  # what is filled in is out of bounds, and its group as well
         sizes = jnp.abs(select(updates).ravel()[indices]) / learning_rate
-        group = jnp.searchsorted(jnp.array(SHARES), awake[indices] / count)
+        group = jnp.searchsorted(jnp.array(SHARES), awake[indices] / steps)
         group = jnp.where(indices < gradients.size, group, len(AWAKE))
-        group = jnp.where(count < FIRST, len(AWAKE), group)
+        group = jnp.where(jnp.less(steps, FIRST), len(AWAKE), group)
         bins = jnp.searchsorted(jnp.array(EDGES), jnp.log10(sizes))
         return updates, RecordUpdatesState(
-            count,
+            steps,
             awake,
             state.counts.at[group, bins].add(1, mode="drop"),
             state.largest.at[group].max(sizes, mode="drop"),
@@ -139,9 +139,14 @@ def updates_table(history: History) -> str:
 
 def losses_table(history: History, metrics: Sequence[str], title: str) -> str:
     """Returns the last values of several metrics, each mean and range of the seeds."""
+    known = {name for rows in history.values() for name in rows[-1]}
+    metrics = [x for x in metrics if x in known]
     rows = [
         {"optimizer": optimizer, "lr": f"{rate:g}"}
-        | {x: spread([final_value(history[run], x, 1) for run in runs]) for x in metrics}
+        | {
+            x: spread([final_value(history[run], x, 1) for run in runs])
+            for x in metrics
+        }
         for optimizer, by_rate in grouped(history).items()
         for rate, runs in by_rate.items()
     ]
