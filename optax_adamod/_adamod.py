@@ -22,11 +22,11 @@ from optax_adamod import _checks, _rounding
 class ScaleByAdamodState(NamedTuple):
     """State for the AdaMod algorithm."""
 
-    # shape=(), dtype=jnp.int32.
+    #: shape=(), dtype=jnp.int32.
     count: jax.typing.ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
-    mu: optax.Updates  # like the parameters, in their dtype or mu_dtype.
-    nu: optax.Updates  # like the parameters, real, float32 or wider, or nu_dtype.
-    bound: optax.Updates  # like nu, or bound_dtype; in units of the learning rate.
+    mu: optax.Updates  #: like the parameters, in their dtype or mu_dtype.
+    nu: optax.Updates  #: like the parameters, real, float32 or wider, or nu_dtype.
+    bound: optax.Updates  #: like nu, or bound_dtype; in units of the learning rate.
 
 
 class _Scalars(NamedTuple):

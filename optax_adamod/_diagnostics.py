@@ -24,15 +24,15 @@ _CHECKS = {
 class LearningRates(NamedTuple):
     """Learning rates of one step; NaN where a coordinate has had no gradient."""
 
-    adaptive: Any  # like the parameters, real: eta, which Adam would use.
-    bounded: Any  # like adaptive: the smaller of eta and the bound, which AdaMod used.
+    adaptive: Any  #: like the parameters, real; eta, which Adam would use.
+    bounded: Any  #: like adaptive, the smaller of eta and the bound, which AdaMod used.
 
 
 class HeldByBound(NamedTuple):
     """What the bound does to each leaf; NaN where there is nothing to count."""
 
-    share: Any  # scalars: coordinates held, of those that have had a gradient.
-    factor: Any  # scalars: median of eta / bound over the coordinates held.
+    share: Any  #: scalars, coordinates held, of those that have had a gradient.
+    factor: Any  #: scalars, median of eta / bound over the coordinates held.
 
 
 def learning_rates(
@@ -168,8 +168,8 @@ def held_by_bound(rates: LearningRates) -> HeldByBound:
       rates: What :func:`optax_adamod.learning_rates` returns.
 
     Returns:
-      Two trees with a float32 scalar for each leaf: the share of the coordinates held
-      among those that have had a gradient, NaN if none has; and the median factor
+      Two trees with a float32 scalar for each leaf, the share of the coordinates held
+      among those that have had a gradient, NaN if none has, and the median factor
       over the coordinates held (the lower of two), NaN if none is.
 
     .. seealso:: :func:`optax_adamod.learning_rates`.

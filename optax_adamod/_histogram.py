@@ -17,10 +17,10 @@ INT32_MAX = np.iinfo(np.int32).max  # coordinates that an int32 can count
 class Log10Histogram(NamedTuple):
     """Numbers of coordinates by magnitude: int32, int64 if 2**31 or more in all."""
 
-    counts: jax.Array  # one for each bin, which holds its lower edge.
-    below: jax.Array  # shape=(), under the first edge, zeros too.
-    above: jax.Array  # shape=(), at the last edge or over it, infinities too.
-    nan: jax.Array  # shape=(), in learning rates: no gradient yet.
+    counts: jax.Array  #: one for each bin, which holds its lower edge.
+    below: jax.Array  #: shape=(), under the first edge, zeros too.
+    above: jax.Array  #: shape=(), at the last edge or over it, infinities too.
+    nan: jax.Array  #: shape=(), in learning rates where there was no gradient yet.
 
 
 def log10_histogram(tree: Any, bins: Sequence[float] | np.ndarray) -> Log10Histogram:
@@ -39,7 +39,7 @@ def log10_histogram(tree: Any, bins: Sequence[float] | np.ndarray) -> Log10Histo
         1`` edges for ``k`` bins. A bin holds its lower edge and not its upper one.
 
     Returns:
-      The counts, of the bins, below and above them, and of NaN: together they are the
+      The counts, of the bins, below and above them, and of NaN. Together they are the
       size of the tree. They are exact. Without 64-bit mode hand int64 to NumPy, not to
       ``jnp``.
 

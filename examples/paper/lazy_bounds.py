@@ -86,6 +86,8 @@ def weight(b: float, count: jax.typing.ArrayLike) -> jax.Array:
     return (1 - b) / opening(b, count)
 
 
-def mean(average: jax.Array, x: Any, b: float, count: jax.typing.ArrayLike) -> jax.Array:
+def mean(
+    average: jax.Array, x: Any, b: float, count: jax.typing.ArrayLike
+) -> jax.Array:
     """Returns the bias-corrected average of positive numbers; the first is itself."""
     return average + jnp.where(average == 0, 1, weight(b, count)) * (x - average)
