@@ -7,7 +7,10 @@ import sys
 import tomllib
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import optax_adamod
@@ -57,11 +60,71 @@ def test_example_command_runs(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"losses.png", "losses.csv"}
 
 
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 110
+
+
 def test_readme_code_runs():
     (code,) = blocks("python")
     namespace = {}
     exec(compile(code, "README.md", "exec"), namespace)
     assert np.allclose(namespace["params"]["w"], 3.0, atol=1e-3)
+
+
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_code_of_pages_runs(path):
+    """Block after block, with what a page takes for granted."""
+    code = re.findall(r"^```python\n(.*?)^```", path.read_text(), re.DOTALL | re.M)
+    code = [block for block in code if "torch." not in block]  # is not installed
+    params = {"w": jnp.ones(3)}
+    tx = optax_adamod.adamod(0.1)
+    schedule = optax.cosine_decay_schedule(0.1, 10)
+    adam = optax.adam(0.1)
+    namespace = {
+        "jax": jax, "jnp": jnp, "optax": optax, "optax_adamod": optax_adamod,
+        "params": params, "tx": tx, "learning_rate": 0.1, "schedule": schedule,
+        "adam_state": adam.update(params, adam.init(params), params)[1],
+        "loss": lambda params, batch: jnp.sum(params["w"] * batch),
+    }  # fmt: skip
+    for block in code:
+        exec(compile(block, path.name, "exec"), namespace)
+    if "step" in namespace and "batch" in "".join(code):
+        state = namespace["state"]
+        updated, state = namespace["step"](params, state, jnp.ones(3))
+        assert int(optax.tree.get(state, "count")) == 1
+        assert bool((updated["w"] < 1).all())
+    if path.name == "from_adam.md":
+        state = namespace["state"]
+        assert int(optax.tree.get(state, "count")) == 1
+        assert not optax.tree.get(state, "bound")["w"].any()
+        assert optax.tree.get(state, "nu")["w"].all()
+
+
+def test_every_public_name_is_on_the_pages():
+    public = {name for name in vars(optax_adamod) if not name.startswith("_")}
+    reference = (ROOT / "docs" / "api.md").read_text()
+    documented = re.findall(r"^\.\. auto(?:function|class):: (\w+)$", reference, re.M)
+    assert sorted(documented) == sorted(public)
+
+
+def test_every_page_is_in_the_contents():
+    (index,) = (path for path in PAGES if path.name == "index.md")
+    trees = re.findall(r"```{toctree}\n(?::.*\n)*\n([^`]*)```", index.read_text())
+    listed = {name for tree in trees for name in tree.split()}
+    assert listed == {path.stem for path in PAGES} - {"index"}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_pages_name_what_exists(path):
+    """Scripts, modules and options of the commands, which no build would check."""
+    text = path.read_text()
+    for script in re.findall(r"((?:examples|benchmarks|tests)/[\w/]+\.\w+)", text):
+        assert (ROOT / script).exists(), script
+    for module in re.findall(r"python -m\s+(examples\.[\w.]+\w)", text):
+        assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
 
 
 def test_readme_links_lead_somewhere():
