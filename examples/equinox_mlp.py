@@ -2,6 +2,7 @@
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
@@ -29,7 +30,7 @@ def main(steps: int = 600, learning_rate: float = 3e-3, b3: float = 0.99):
     # The activation is a leaf of the model too, and has no average.
     opt_state = tx.init(eqx.filter(model, eqx.is_inexact_array))
 
-    @eqx.filter_jit(donate="all")
+    @eqx.filter_jit
     def train_step(model, opt_state, images, labels):
         loss, gradients = loss_and_gradients(model, images, labels)
         updates, opt_state = tx.update(gradients, opt_state)
@@ -42,7 +43,8 @@ def main(steps: int = 600, learning_rate: float = 3e-3, b3: float = 0.99):
         model, opt_state, loss = train_step(
             model, opt_state, images[batch], labels[batch]
         )
-    accuracy = np.mean(jax.vmap(model)(test_images).argmax(axis=1) == test_labels)
+    logits = jax.vmap(model)(jnp.asarray(test_images))
+    accuracy = np.mean(logits.argmax(axis=1) == test_labels)
     print(f"loss {loss:.3f}, test accuracy {accuracy:.1%}")
     return model, opt_state
 

@@ -13,14 +13,6 @@ from tqdm import tqdm
 from optax_adamod import adamod
 
 
-class Classifier(nn.Module):
-    """Two layers, for the ten digits."""
-
-    @nn.compact
-    def __call__(self, images):
-        return nn.Dense(10)(nn.relu(nn.Dense(128)(images)))
-
-
 @jax.jit
 def train_step(state, images, labels):
     def loss_fn(params):
@@ -37,7 +29,7 @@ def main(steps: int = 600, learning_rate: float = 3e-3, b3: float = 0.99):
     images, test_images, labels, test_labels = train_test_split(
         (images / 16).astype(np.float32), labels, random_state=0
     )
-    model = Classifier()
+    model = nn.Sequential([nn.Dense(128), nn.relu, nn.Dense(10)])
     state = TrainState.create(
         apply_fn=model.apply,
         params=model.init(jax.random.key(0), images[:1])["params"],

@@ -56,14 +56,17 @@ def adamod_state_from_torch(
         for field, key in AVERAGES.items()
     }
 
-    def is_ours(path: tuple[Any, ...], _: Any) -> bool:
-        key = path[-1]  # a parameter may be called "count"
-        return isinstance(key, optax.tree_utils.NamedTupleKey) and (
-            key.name == "count" or key.tuple_name == ScaleByAdamodState.__name__
-        )
-
     count = jnp.asarray(step, fresh.count.dtype)
-    return optax.tree.set(state, is_ours, count=count, **trees)
+    adamod = ScaleByAdamodState(count=count, **trees)
+    state = optax.tree.set(state, **{ScaleByAdamodState.__name__: adamod})
+
+    def set_count(path: tuple[Any, ...], leaf: Any) -> Any:
+        # A parameter may have this name, and is no integer.
+        is_count = path[-1] == jax.tree_util.GetAttrKey("count")
+        return count if is_count and jnp.result_type(leaf) == count.dtype else leaf
+
+    # Not by optax.tree.set, which passes over a count deep below another.
+    return jax.tree.map_with_path(set_count, state)
 
 
 def _read(

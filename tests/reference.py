@@ -8,6 +8,17 @@ from collections.abc import Callable
 
 import numpy as np
 
+# The trajectories of golden.npz: names, arguments of ours, and a factor on the learning
+# rate from half-way on.
+RELEASE = [
+    ("default", dict(peak=1e-3), 1.0),
+    ("long_memory", dict(b1=0.8, b2=0.98, b3=0.9999, peak=1e-2), 1.0),
+    ("short_memory", dict(b3=0.5, eps=1e-4, peak=1e-3), 1.0),
+    ("adam", dict(b3=0.0, peak=1e-3), 1.0),
+    ("decay", dict(b3=0.9, weight_decay=5e-2, peak=1e-2), 1.0),
+    ("step_drop", dict(b3=0.9, peak=1e-2), 0.1),
+]
+
 
 @dataclasses.dataclass(frozen=True)
 class AdaMod:

@@ -12,7 +12,7 @@ import pytest
 from absl.testing import parameterized
 
 from optax_adamod import adamod, adamodw, scale_by_adamod
-from reference import AdaMod
+from reference import RELEASE, AdaMod
 
 # The rounding of an average adds up over its horizon, so a limit on the error is one
 # for a number of steps. With 10_000 here, float32 is off by 1.2e-5 at b3 0.999.
@@ -135,21 +135,11 @@ def test_decoupled_decay(schedule, convention, x64):
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "settings", "drop"),
-    [
-        ("default", dict(), 1.0),
-        ("long_memory", dict(b1=0.8, b2=0.98, b3=0.9999, peak=1e-2), 1.0),
-        ("short_memory", dict(b3=0.5, eps=1e-4), 1.0),
-        ("adam", dict(b3=0.0), 1.0),
-        ("decay", dict(b3=0.9, weight_decay=5e-2, peak=1e-2), 1.0),
-        ("step_drop", dict(b3=0.9, peak=1e-2), 0.1),
-    ],
-)
+@pytest.mark.parametrize(("name", "settings", "drop"), RELEASE)
 def test_authors_release(name, settings, drop, x64):
     golden = np.load(Path(__file__).with_name("golden.npz"))
     settings = {"weight_decay": 0.0, **settings}
-    peak = settings.pop("peak", 1e-3)
+    peak = settings.pop("peak")
     gradients = golden["gradients"]
     schedule = optax.piecewise_constant_schedule(peak, {len(gradients) // 2: drop})
     actual = run(
