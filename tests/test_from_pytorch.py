@@ -1,5 +1,6 @@
 """Does a training that PyTorch's AdaMod began go on as if PyTorch went on?"""
 
+import collections
 import copy
 import inspect
 import json
@@ -136,27 +137,25 @@ def test_the_fresh_state_gives_dtypes_and_shardings(eight_devices):
 
 
 def test_every_count_and_nothing_else_is_set(x64):
-    # Parameters called as fields of states are.
-    params = {name: np.full(2, 3.0) for name in ("count", "bound", "mu")}
+    # Parameters called as the fields of states are.
+    Params = collections.namedtuple("Params", ["count", "bound", "mu"])
+    params = Params(*np.full(3, 3.0))
     tx = optax.chain(
         optax.ema(0.9),
         scale_by_adamod(convention="torch"),
         optax.inject_hyperparams(optax.scale)(optax.linear_schedule(1.0, 0.0, 100)),
     )
-    stored = {
-        index: {
-            "step": 9,
-            **{key: np.full(2, index + 0.5) for key in AVERAGES.values()},
-        }
-        for index in range(3)
+    values = np.arange(3) + 0.5
+    stored = [{"step": 9, **dict.fromkeys(AVERAGES.values(), x)} for x in values]
+    state_dict = {
+        "state": dict(enumerate(stored)),
+        "param_groups": [{"params": [0, 1]}, {"params": [2]}],
     }
-    groups = [{"params": [0, 1]}, {"params": [2]}]
     fresh = tx.init(params)
-    state = convert({"state": stored, "param_groups": groups}, [*params], dict, fresh)
+    state = convert(state_dict, Params._fields, lambda x: Params(**x), fresh)
     ema, ours, injected = state
-    averages = {name: np.full(2, i + 0.5) for i, name in enumerate(params)}
     for tree in (ours.mu, ours.nu, ours.bound):
-        chex.assert_trees_all_equal(tree, averages)
+        chex.assert_trees_all_equal(tree, Params(*values))
     injected = [x for _, x in optax.tree.get_all_with_path(injected, "count")]
     counts = [ema.count, ours.count, *injected]
     assert [int(count) for count in counts] == [9, 9, 9, 9]
@@ -182,6 +181,7 @@ def test_a_state_of_its_own_goes_in():
     fresh = tx.init(to_tree(model_params("adamod")))
     state = convert(model_state_dict("adamod"), state=fresh)
     assert int(state.count) == 30
+    assert not state.bound["layers_0"]["kernel"].committed  # as before
     expected = model_state_dict("adamod")["state"][0]["exp_avg_lr"].T
     np.testing.assert_allclose(state.bound["layers_0"]["kernel"], expected, rtol=1e-7)
 
