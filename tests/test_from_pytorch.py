@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from from_pytorch import AVERAGES, adamod_state_from_torch
 from optax_adamod import adamod, adamodw, scale_by_adamod
@@ -120,7 +120,7 @@ def test_a_model_goes_on(package, x64):
 
 
 def test_the_fresh_state_gives_dtypes_and_shardings(eight_devices):
-    mesh = jax.make_mesh((8,), ("data",))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     params = {"w": jax.device_put(np.zeros(16, np.float32), sharding)}
     fresh = adamod(1e-3, mu_dtype="bfloat16").init(params)
