@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 KEEP = 3  # newest checkpoints
 FINISH = 300  # seconds that processes wait for each other's part of a checkpoint
-CARRY_OVER = "pod_training.py's docstring has three lines that carry over what is there"
+CARRY_OVER = "pod_training.py's docstring has the lines that carry over what is there"
 
 
 class Checkpoints:

@@ -14,11 +14,15 @@ The output folder must be one that all machines share. SIGTERM, by which schedul
 announce that a machine is taken away, saves and ends with exit code 0.
 
 A checkpoint of ``optax.adam`` lacks ``bound``. What it has goes on under AdaMod, with a
-bound that opens anew, where ``adam_state`` was restored with ``optax.adam``'s own tree:
+bound that opens anew, where ``adam_state`` was restored with ``optax.adam``'s own tree
+and ``tx`` is the new optimizer:
 
-    state = adamod(learning_rate).init(params)
-    kept = {name: optax.tree.get(adam_state, name) for name in ("mu", "nu", "count")}
-    state = optax.tree.set(state, **kept)
+    ((_, adam),) = optax.tree.get_all_with_path(adam_state, "ScaleByAdamState")
+    state = tx.init(params)
+    for name in ("mu", "nu"):
+        average = optax.tree.cast_like(getattr(adam, name), optax.tree.get(state, name))
+        state = optax.tree.set(state, **{name: average})
+    state = optax.tree.set(state, count=adam.count)
 """
 
 import dataclasses

@@ -229,7 +229,7 @@ def scale_by_adamod(
       TypeError: If an accumulator cannot have the dtype asked for, or a decay rate,
         ``eps`` or ``eps_root`` is an array of less than 32 bits. From ``init``, if a
         parameter is neither floating nor complex; from ``update``, if a gradient is
-        not what its parameter is.
+        not what its parameter is, or the state is not AdaMod's.
 
     Examples:
       >>> import jax
@@ -296,6 +296,7 @@ def scale_by_adamod(
 
     def update_fn(updates, state, params=None):
         del params
+        _checks.state_of_adamod(state)
         count = optax.safe_increment(state.count)
         if callable(bound_learning_rate):
             alpha = bound_learning_rate(state.count)
@@ -445,7 +446,7 @@ def adamod(
       TypeError: If an accumulator cannot have the dtype asked for, or a decay rate,
         ``eps`` or ``eps_root`` is an array of less than 32 bits. From ``init``, if a
         parameter is neither floating nor complex; from ``update``, if a gradient is
-        not what its parameter is.
+        not what its parameter is, or the state is not AdaMod's.
 
     Examples:
       >>> import jax
@@ -572,7 +573,7 @@ def adamodw(
       TypeError: If an accumulator cannot have the dtype asked for, or a decay rate,
         ``eps`` or ``eps_root`` is an array of less than 32 bits. From ``init``, if a
         parameter is neither floating nor complex; from ``update``, if a gradient is
-        not what its parameter is.
+        not what its parameter is, or the state is not AdaMod's.
 
     Examples:
       >>> import jax

@@ -66,6 +66,16 @@ def parameters(params: Any) -> None:
             )
 
 
+def state_of_adamod(state: Any) -> None:
+    """Refuses the state of another optimizer, such as Adam's from a checkpoint."""
+    if not all(hasattr(state, name) for name in ("count", "mu", "nu", "bound")):
+        raise TypeError(
+            "the state must be a ScaleByAdamodState, with count, mu, nu and bound, got "
+            f"{type(state).__name__}. That of optax.adam lacks the bound: carry its "
+            "averages over to a fresh state, with optax.tree.set."
+        )
+
+
 def same_structure(gradients: list[tuple[Any, Any]], treedef: Any, state: Any) -> None:
     """Refuses updates, flattened with their paths, of another tree than the state's."""
     try:

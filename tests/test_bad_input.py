@@ -146,3 +146,15 @@ def test_another_shape(factory):
     message = r"updates\['a'\] has shape \(1, 3\), but .* shape \(2, 3\)"
     with pytest.raises(ValueError, match=message):
         tx.update(updates, state, updates)
+
+
+@pytest.mark.parametrize("factory", [optax.adam, dict], ids=["adam", "dict"])
+def test_another_state(factory):
+    params = {"w": jnp.ones(2)}
+    if factory is dict:  # what Orbax restores when it is not told what
+        state = ({"count": 0, "mu": params, "nu": params, "bound": params}, None)
+        name = "dict"
+    else:
+        state, name = factory(0.1).init(params), "ScaleByAdamState"
+    with pytest.raises(TypeError, match=f"must be a ScaleByAdamodState.*got {name}"):
+        adamod(0.1).update(params, state, params)

@@ -7,6 +7,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,36 +72,89 @@ def test_readme_code_runs():
     assert np.allclose(namespace["params"]["w"], 3.0, atol=1e-3)
 
 
+SCHEDULE = optax.cosine_decay_schedule(0.1, 10)
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_code_of_pages_runs(path):
+def test_code_of_pages_runs(path, tmp_path, capsys):
     """Block after block, with what a page takes for granted."""
     code = re.findall(r"^```python\n(.*?)^```", path.read_text(), re.DOTALL | re.M)
     code = [block for block in code if "torch." not in block]  # is not installed
     params = {"w": jnp.ones(3)}
-    tx = optax_adamod.adamod(0.1)
-    schedule = optax.cosine_decay_schedule(0.1, 10)
     adam = optax.adam(0.1)
-    namespace = {
-        "jax": jax, "jnp": jnp, "optax": optax, "optax_adamod": optax_adamod,
-        "params": params, "tx": tx, "learning_rate": 0.1, "schedule": schedule,
-        "adam_state": adam.update(params, adam.init(params), params)[1],
-        "loss": lambda params, batch: jnp.sum(params["w"] * batch),
+    granted = {
+        "from_adam.md": {
+            "optax": optax, "params": params, "tx": optax_adamod.adamod(0.1),
+            "adam_state": adam.update(params, adam.init(params), params)[1],
+        },
+        "pods.md": {
+            "jax": jax, "optax": optax, "params": params, "folder": tmp_path,
+            "tx": optax_adamod.adamod(0.1),
+            "loss": lambda params, batch: jnp.sum(params["w"] * batch),
+        },
     }  # fmt: skip
+    namespace = dict(granted.get(path.name, {}))
     for block in code:
         exec(compile(block, path.name, "exec"), namespace)
-    if "step" in namespace and "batch" in "".join(code):
-        state = namespace["state"]
+    if path.name == "pods.md":
+        state, restored = namespace["state"], namespace["restored"]
+        chex.assert_trees_all_equal(restored, {"params": params, "opt_state": state})
         updated, state = namespace["step"](params, state, jnp.ones(3))
         assert int(optax.tree.get(state, "count")) == 1
         assert bool((updated["w"] < 1).all())
-    if path.name == "from_adam.md":
-        state = namespace["state"]
-        assert int(optax.tree.get(state, "count")) == 1
-        assert not optax.tree.get(state, "bound")["w"].any()
-        assert optax.tree.get(state, "nu")["w"].all()
+    if path.name == "watching.md":
+        (output,) = re.findall(r"^```text\n(.*?)\n```", path.read_text(), re.M | re.S)
+        assert capsys.readouterr().out.strip() == output
+
+
+FACTORIES = {
+    "constant": (optax.adam(0.1), optax_adamod.adamod(0.1)),
+    "schedule": (optax.adam(SCHEDULE), optax_adamod.adamod(SCHEDULE)),
+    "chain": (
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(SCHEDULE)),
+        optax.chain(optax.clip_by_global_norm(1.0), optax_adamod.adamodw(SCHEDULE)),
+    ),
+    "bfloat16": (
+        optax.adam(0.1),
+        optax_adamod.adamod(0.1, mu_dtype="bfloat16", bound_dtype="bfloat16"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_adams_averages_go_on(name):
+    (code,) = re.findall(
+        r"^```python\n(.*?)^```",
+        (ROOT / "docs" / "from_adam.md").read_text(), re.DOTALL | re.M,
+    )  # fmt: skip
+    adam, tx = FACTORIES[name]
+    params = {"w": jnp.array([0.5, 1.0, 2.0])}
+    adam_state = adam.init(params)
+    for _ in range(3):
+        _, adam_state = adam.update(params, adam_state, params)
+    namespace = {"optax": optax, "adam_state": adam_state, "tx": tx, "params": params}
+    exec(code, namespace)
+    state = namespace["state"]
+    fresh = tx.init(params)
+    chex.assert_trees_all_equal_dtypes(state, fresh)
+    chex.assert_trees_all_equal_structs(state, fresh)
+    counts = [int(x) for _, x in optax.tree.get_all_with_path(state, "count")]
+    assert counts == [3] * len(counts)
+    assert len(counts) == (1 if name in ("constant", "bfloat16") else 2)
+    for average in ("mu", "nu"):
+        chex.assert_trees_all_close(
+            optax.tree.get(state, average),
+            optax.tree.cast_like(
+                optax.tree.get(adam_state, average), optax.tree.get(fresh, average)
+            ),
+        )
+    assert not optax.tree.get(state, "bound")["w"].any()
+    tx.update(params, state, params)
+    docstring = (ROOT / "examples" / "pod_training.py").read_text().split('"""')[1]
+    indented = "".join(f"    {line}\n" for line in code.splitlines() if line)
+    for line in indented.splitlines():
+        assert line in docstring
 
 
 def test_every_public_name_is_on_the_pages():
@@ -108,6 +162,10 @@ def test_every_public_name_is_on_the_pages():
     reference = (ROOT / "docs" / "api.md").read_text()
     documented = re.findall(r"^\.\. auto(?:function|class):: (\w+)$", reference, re.M)
     assert sorted(documented) == sorted(public)
+
+
+def test_every_page_says_something():
+    assert min(len(path.read_text().splitlines()) for path in PAGES) > 20
 
 
 def test_every_page_is_in_the_contents():

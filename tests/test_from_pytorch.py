@@ -278,7 +278,7 @@ def test_the_page_knows_our_defaults():
 
 
 def test_the_page_goes_on_in_jax(monkeypatch):
-    saves, goes_on = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.M)
+    saves, goes_on, _ = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.M)
     checkpoint = {
         "names": NAMES,
         "model": model_params("adamod"),

@@ -20,9 +20,9 @@ import optax_adamod
 from test_optax_habits import parabola, rosenbrock
 
 FOLDER = Path(__file__).parent.parent / "upstream"
-LINES = re.findall(
-    r"^    (from optax.contrib.*)$", (FOLDER / "README.md").read_text(), re.M
-)
+README = (FOLDER / "README.md").read_text()
+LINES = re.findall(r"^    (from optax.contrib.*)$", README, re.M)
+(ENTRY,) = re.findall(r"^    (\{'opt_name'.*)$", README, re.M)
 
 
 @functools.cache
@@ -132,13 +132,32 @@ def test_gradient_accumulation(upstream):
     chex.assert_trees_all_close((first, second), (jnp.zeros(3), expected), rtol=1e-5)
 
 
-def test_it_goes_into_optax(tmp_path):
+@pytest.fixture
+def optax_with_it(tmp_path):
+    """A copy of the installed Optax, with the file and the lines of upstream/README."""
     copy = tmp_path / "optax"
     shutil.copytree(Path(optax.__file__).parent, copy)
     shutil.copy(FOLDER / "_adamod.py", copy / "contrib")
-    assert len(LINES) == 2
+    assert len(LINES) == 3
     with (copy / "contrib" / "__init__.py").open("a") as file:
         file.write("\n".join(["", *LINES, ""]))
+    return copy
+
+
+def run(optax_with_it, *arguments):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ
+        | {
+            "PYTHONPATH": str(optax_with_it.parent),
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": "8",
+        },
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_it_goes_into_optax(optax_with_it):
     code = (
         "import doctest, optax.contrib._adamod as adamod; "
         "from optax import contrib; "
@@ -146,15 +165,26 @@ def test_it_goes_into_optax(tmp_path):
         "assert contrib.scale_by_adamod is adamod.scale_by_adamod; "
         "print(adamod.__file__, doctest.testmod(adamod))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    result = run(optax_with_it, "-c", code)
     assert result.returncode == 0, result.stderr
-    expected = f"{copy}/contrib/_adamod.py TestResults(failed=0, attempted=10)\n"
-    assert result.stdout == expected
+    path = optax_with_it / "contrib" / "_adamod.py"
+    assert result.stdout == f"{path} TestResults(failed=0, attempted=10)\n"
 
 
-def test_public_names_alone():
-    assert "_src" not in (FOLDER / "_adamod.py").read_text()
+def test_it_passes_the_shared_tests(optax_with_it):
+    path = optax_with_it / "contrib" / "_common_test.py"
+    text = path.read_text()
+    all_of_them = "_ALL_OPTIMIZERS_UNDER_TEST = tuple("
+    assert text.count(all_of_them) == 1
+    ours_alone = (
+        f"_MAIN_OPTIMIZERS_UNDER_TEST = [\n{ENTRY}\n]\n"
+        "for x in _MAIN_OPTIMIZERS_UNDER_TEST:\n"
+        "  x.update(wrapper_name=None, wrapper_kwargs=None)\n"
+        "_OTHER_OPTIMIZERS_UNDER_TEST = []\n"
+    )
+    path.write_text(text.replace(all_of_them, ours_alone + all_of_them))
+    result = run(optax_with_it, "-m", "pytest", "-q", "-p", "no:cacheprovider", path)
+    assert result.returncode == 0, result.stdout
+    (passed,) = re.findall(r"^(\d+) passed", result.stdout, re.M)
+    assert int(passed) > 10
+    assert "skipped" not in result.stdout

@@ -18,22 +18,33 @@ Implementation of
 and Xu Sun.
 """
 
-from __future__ import annotations
-
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple, Optional, Union
 
 import jax
 import jax.numpy as jnp
-import optax
+
+from optax._src import base
+from optax._src import combine
+from optax._src import numerics
+from optax._src import transform
+from optax._src import utils
+import optax.tree
 
 
 class ScaleByAdamodState(NamedTuple):
-  """State for the AdaMod algorithm."""
+  """State for the AdaMod algorithm.
+
+  Attributes:
+    count: number of updates so far.
+    mu: average of the gradients.
+    nu: average of the squared gradients.
+    bound: average of the learning rates, those of the coordinates.
+  """
 
   count: jax.typing.ArrayLike  # shape=(), dtype=jnp.int32.
-  mu: optax.Updates
-  nu: optax.Updates
-  bound: optax.Updates  # In units of the learning rate.
+  mu: base.Updates
+  nu: base.Updates
+  bound: base.Updates
 
 
 def scale_by_adamod(
@@ -42,10 +53,10 @@ def scale_by_adamod(
     b3: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
     eps_root: jax.typing.ArrayLike = 0.0,
-    mu_dtype: Any | None = None,
+    mu_dtype: Optional[jax.typing.DTypeLike] = None,
     *,
-    bound_learning_rate: optax.ScalarOrSchedule = 1.0,
-) -> optax.GradientTransformation:
+    bound_learning_rate: base.ScalarOrSchedule = 1.0,
+) -> base.GradientTransformation:
   r"""Rescale updates according to the AdaMod algorithm.
 
   See :func:`optax.contrib.adamod` for the equations. The update is
@@ -67,10 +78,12 @@ def scale_by_adamod(
     A :class:`optax.GradientTransformation` object.
   """
 
+  mu_dtype = utils.canonicalize_dtype(mu_dtype)
+
   def init_fn(params):
     def zeros(p):  # In at least float32: 0.999 * x is x in bfloat16.
-      dtype = jnp.promote_types(jnp.finfo(jnp.result_type(p)).dtype, jnp.float32)
-      return jnp.zeros_like(p, dtype=dtype)
+      dtype = jnp.finfo(jnp.result_type(p)).dtype
+      return jnp.zeros_like(p, dtype=jnp.promote_types(dtype, jnp.float32))
 
     return ScaleByAdamodState(
         count=jnp.zeros([], jnp.int32),
@@ -84,7 +97,7 @@ def scale_by_adamod(
     alpha = bound_learning_rate
     if callable(alpha):
       alpha = alpha(state.count)
-    count = optax.safe_increment(state.count)
+    count = numerics.safe_increment(state.count)
     mu = optax.tree.update_moment(updates, state.mu, b1, 1)
     nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
     mu_hat = optax.tree.bias_correction(mu, b1, count)
@@ -104,20 +117,20 @@ def scale_by_adamod(
     mu = optax.tree.cast(mu, mu_dtype)
     return updates, ScaleByAdamodState(count=count, mu=mu, nu=nu, bound=bound)
 
-  return optax.GradientTransformation(init_fn, update_fn)
+  return base.GradientTransformation(init_fn, update_fn)
 
 
 def adamod(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: base.ScalarOrSchedule,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     b3: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
     eps_root: jax.typing.ArrayLike = 0.0,
-    mu_dtype: Any | None = None,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
-    mask: optax.MaskOrFn = None,
-) -> optax.GradientTransformationExtraArgs:
+    mu_dtype: Optional[jax.typing.DTypeLike] = None,
+    weight_decay: base.ScalarOrSchedule = 0.0,
+    mask: Optional[Union[Any, Callable[[base.Params], Any]]] = None,
+) -> base.GradientTransformationExtraArgs:
   r"""The AdaMod optimizer.
 
   AdaMod is Adam with a bound on its learning rates: it averages the learning
@@ -184,7 +197,7 @@ def adamod(
     Ding et al, `Adaptive and Momental Bounds for Adaptive Learning Rate Methods
     <https://arxiv.org/abs/1910.12249>`_, 2019
   """
-  return optax.chain(
+  return combine.chain(
       scale_by_adamod(
           b1=b1,
           b2=b2,
@@ -194,6 +207,6 @@ def adamod(
           mu_dtype=mu_dtype,
           bound_learning_rate=learning_rate,
       ),
-      optax.add_decayed_weights(weight_decay, mask),
-      optax.scale_by_learning_rate(learning_rate),
+      transform.add_decayed_weights(weight_decay, mask),
+      transform.scale_by_learning_rate(learning_rate),
   )
