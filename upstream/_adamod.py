@@ -18,29 +18,33 @@ Implementation of
 and Xu Sun.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple, Optional, Union
 
 import jax
 import jax.numpy as jnp
+
+from optax._src import base
+from optax._src import combine
+from optax._src import numerics
+from optax._src import transform
+from optax._src import utils
 import optax.tree
-from optax._src import base, combine, numerics, transform, utils
 
 
 class ScaleByAdamodState(NamedTuple):
-    """State for the AdaMod algorithm.
+  """State for the AdaMod algorithm.
 
-    Attributes:
-      count: number of updates so far.
-      mu: average of the gradients.
-      nu: average of the squared gradients.
-      bound: average of the learning rates, those of the coordinates.
-    """
+  Attributes:
+    count: number of updates so far.
+    mu: average of the gradients.
+    nu: average of the squared gradients.
+    bound: average of the learning rates, those of the coordinates.
+  """
 
-    count: jax.typing.ArrayLike  # shape=(), dtype=jnp.int32.
-    mu: base.Updates
-    nu: base.Updates
-    bound: base.Updates
+  count: jax.typing.ArrayLike  # shape=(), dtype=jnp.int32.
+  mu: base.Updates
+  nu: base.Updates
+  bound: base.Updates
 
 
 def scale_by_adamod(
@@ -49,70 +53,71 @@ def scale_by_adamod(
     b3: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
     eps_root: jax.typing.ArrayLike = 0.0,
-    mu_dtype: jax.typing.DTypeLike | None = None,
+    mu_dtype: Optional[jax.typing.DTypeLike] = None,
     *,
     bound_learning_rate: base.ScalarOrSchedule = 1.0,
 ) -> base.GradientTransformation:
-    r"""Rescale updates according to the AdaMod algorithm.
+  r"""Rescale updates according to the AdaMod algorithm.
 
-    See :func:`optax.contrib.adamod` for the equations. The update is
-    :math:`\min(\eta_t, s_t) / \alpha_t \cdot \hat{m}_t`, to be scaled by the
-    learning rate. A constant learning rate cancels; a schedule has to be given
-    here as well, because the bound averages the learning rates of many steps.
+  See :func:`optax.contrib.adamod` for the equations. The update is
+  :math:`\min(\eta_t, s_t) / \alpha_t \cdot \hat{m}_t`, to be scaled by the
+  learning rate. A constant learning rate cancels; a schedule has to be given
+  here as well, because the bound averages the learning rates of many steps.
 
-    Args:
-      b1: Decay rate of the average of the gradients.
-      b2: Decay rate of the average of the squared gradients.
-      b3: Decay rate of the average of the learning rates; 0 gives Adam.
-      eps: Added to the root of the second moment to avoid a division by zero.
-      eps_root: Added to the second moment inside the root, where gradients are
-        backpropagated through the update.
-      mu_dtype: Dtype of the first moment; if None that of the parameters.
-      bound_learning_rate: The learning rate inside the bound.
+  Args:
+    b1: Decay rate of the average of the gradients.
+    b2: Decay rate of the average of the squared gradients.
+    b3: Decay rate of the average of the learning rates; 0 gives Adam.
+    eps: Added to the root of the second moment to avoid a division by zero.
+    eps_root: Added to the second moment inside the root, where gradients are
+      backpropagated through the update.
+    mu_dtype: Dtype of the first moment; if None that of the parameters.
+    bound_learning_rate: The learning rate inside the bound.
 
-    Returns:
-      A :class:`optax.GradientTransformation` object.
-    """
-    mu_dtype = utils.canonicalize_dtype(mu_dtype)
+  Returns:
+    A :class:`optax.GradientTransformation` object.
+  """
 
-    def init_fn(params):
-        def zeros(p):  # In at least float32: 0.999 * x is x in bfloat16.
-            dtype = jnp.finfo(jnp.result_type(p)).dtype
-            return jnp.zeros_like(p, dtype=jnp.promote_types(dtype, jnp.float32))
+  mu_dtype = utils.canonicalize_dtype(mu_dtype)
 
-        return ScaleByAdamodState(
-            count=jnp.zeros([], jnp.int32),
-            mu=optax.tree.zeros_like(params, dtype=mu_dtype),
-            nu=jax.tree.map(zeros, params),
-            bound=jax.tree.map(zeros, params),
-        )
+  def init_fn(params):
+    def zeros(p):  # In at least float32: 0.999 * x is x in bfloat16.
+      dtype = jnp.finfo(jnp.result_type(p)).dtype
+      return jnp.zeros_like(p, dtype=jnp.promote_types(dtype, jnp.float32))
 
-    def update_fn(updates, state, params=None):
-        del params
-        alpha = bound_learning_rate
-        if callable(alpha):
-            alpha = alpha(state.count)
-        count = numerics.safe_increment(state.count)
-        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
-        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
-        mu_hat = optax.tree.bias_correction(mu, b1, count)
-        nu_hat = optax.tree.bias_correction(nu, b2, count)
-        rate = jax.tree.map(lambda v: 1 / (jnp.sqrt(v + eps_root) + eps), nu_hat)
-        eta = optax.tree.scale(alpha, rate)
-        bound = optax.tree.update_moment(eta, state.bound, b3, 1)
-        # Where the learning rate is zero the chain scales whatever is finite by it.
-        per_alpha = 1 / jnp.where(jnp.equal(alpha, 0), 1, alpha)
-        updates = jax.tree.map(
-            lambda g, r, s, m: (jnp.minimum(r, s * per_alpha) * m).astype(g.dtype),
-            updates,
-            rate,
-            bound,
-            mu_hat,
-        )
-        mu = optax.tree.cast(mu, mu_dtype)
-        return updates, ScaleByAdamodState(count=count, mu=mu, nu=nu, bound=bound)
+    return ScaleByAdamodState(
+        count=jnp.zeros([], jnp.int32),
+        mu=optax.tree.zeros_like(params, dtype=mu_dtype),
+        nu=jax.tree.map(zeros, params),
+        bound=jax.tree.map(zeros, params),
+    )
 
-    return base.GradientTransformation(init_fn, update_fn)
+  def update_fn(updates, state, params=None):
+    del params
+    alpha = bound_learning_rate
+    if callable(alpha):
+      alpha = alpha(state.count)
+    count = numerics.safe_increment(state.count)
+    mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+    nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
+    mu_hat = optax.tree.bias_correction(mu, b1, count)
+    nu_hat = optax.tree.bias_correction(nu, b2, count)
+    rate = jax.tree.map(lambda v: 1 / (jnp.sqrt(v + eps_root) + eps), nu_hat)
+    eta = optax.tree.scale(alpha, rate)
+    bound = optax.tree.update_moment(eta, state.bound, b3, 1)
+    # Where the learning rate is zero the chain scales whatever is finite by it.
+    per_alpha = 1 / jnp.where(jnp.equal(alpha, 0), 1, alpha)
+    updates = jax.tree.map(
+        lambda g, r, s, m: (jnp.minimum(r, s * per_alpha) * m).astype(g.dtype),
+        updates,
+        rate,
+        bound,
+        mu_hat,
+    )
+    mu = optax.tree.cast(mu, mu_dtype)
+    return updates, ScaleByAdamodState(count=count, mu=mu, nu=nu, bound=bound)
+
+  return base.GradientTransformation(init_fn, update_fn)
 
 
 def adamod(
@@ -122,11 +127,11 @@ def adamod(
     b3: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
     eps_root: jax.typing.ArrayLike = 0.0,
-    mu_dtype: jax.typing.DTypeLike | None = None,
+    mu_dtype: Optional[jax.typing.DTypeLike] = None,
     weight_decay: base.ScalarOrSchedule = 0.0,
-    mask: Any | Callable[[base.Params], Any] | None = None,
+    mask: Optional[Union[Any, Callable[[base.Params], Any]]] = None,
 ) -> base.GradientTransformationExtraArgs:
-    r"""The AdaMod optimizer.
+  r"""The AdaMod optimizer.
 
   AdaMod is Adam with a bound on its learning rates: it averages the learning
   rate of every coordinate and takes no step with a larger one. The average
@@ -192,16 +197,16 @@ def adamod(
     Ding et al, `Adaptive and Momental Bounds for Adaptive Learning Rate Methods
     <https://arxiv.org/abs/1910.12249>`_, 2019
   """
-    return combine.chain(
-        scale_by_adamod(
-            b1=b1,
-            b2=b2,
-            b3=b3,
-            eps=eps,
-            eps_root=eps_root,
-            mu_dtype=mu_dtype,
-            bound_learning_rate=learning_rate,
-        ),
-        transform.add_decayed_weights(weight_decay, mask),
-        transform.scale_by_learning_rate(learning_rate),
-    )
+  return combine.chain(
+      scale_by_adamod(
+          b1=b1,
+          b2=b2,
+          b3=b3,
+          eps=eps,
+          eps_root=eps_root,
+          mu_dtype=mu_dtype,
+          bound_learning_rate=learning_rate,
+      ),
+      transform.add_decayed_weights(weight_decay, mask),
+      transform.scale_by_learning_rate(learning_rate),
+  )
