@@ -229,8 +229,7 @@ def two_optimizers(monkeypatch):
         found = whole(*arguments)
         return {name: found[name] for name in ("Adam", "AdaMod, frozen")}
 
-    for experiment in (sleeping_words, sleeping_units):
-        monkeypatch.setattr(experiment, "optimizers", few)
+    monkeypatch.setattr(sleeping_words, "optimizers", few)
     monkeypatch.setattr(waking, "FIRST", 1)
 
 

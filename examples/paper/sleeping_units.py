@@ -21,9 +21,9 @@ from .command import command
 from .data.images import digits
 from .image_classification import accuracy, loss
 from .report import report
-from .sleeping_words import optimizers
-from .training import History, Run, Task, train_all
-from .waking import record_updates, recorded, updates_table
+from .sleeping_words import runs_of
+from .training import History, Task, train_all
+from .waking import recorded, updates_table
 
 ROWS = 5  # of a run's history
 BLOCKS, WIDTH = (1, 1, 1), 8
@@ -77,18 +77,7 @@ def main(options: Options) -> History:
         evaluate=lambda model: {"test accuracy": accuracy(model, images)},
         record=recorded,
     )
-    runs = [
-        Run(
-            name,
-            record_updates(tx, rate, everything, size),
-            rate,
-            seed,
-            options.b3 if name.startswith("AdaMod") else None,
-        )
-        for rate in options.rates
-        for name, tx in optimizers(rate, options.warmup, options.b2, options.b3).items()
-        for seed in range(options.seeds)
-    ]
+    runs = runs_of(options, everything, size)
     settings = dataclasses.asdict(options)
     for name in ("rates", "seeds", "output"):
         del settings[name]

@@ -8,7 +8,9 @@ differently (:mod:`examples.paper.lazy_bounds`):
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,13 +104,18 @@ def optimizers(
     }
 
 
-def runs_of(options: Options) -> list[Run]:
-    """Returns every run; the embeddings' updates are recorded in its state."""
-    awake = options.batch * options.context * options.width
+def runs_of(options: Any, select: Callable[[Any], jax.Array], awake: int) -> list[Run]:
+    """Returns every run, of this experiment or of ``sleeping_units``.
+
+    Args:
+      options: The experiment's options.
+      select: The part of the parameters whose updates are recorded.
+      awake: The most coordinates of it that are awake in a step.
+    """
     return [
         Run(
             name,
-            record_updates(tx, rate, lambda tree: tree["tokens"]["embedding"], awake),
+            record_updates(tx, rate, select, awake),
             rate,
             seed,
             options.b3 if name.startswith("AdaMod") else None,
@@ -162,7 +169,12 @@ def main(options: Options) -> History:
     settings = dataclasses.asdict(options)
     for name in ("rates", "seeds", "output"):
         del settings[name]
-    history = train_all(task, runs_of(options), options.output / "runs", settings)
+    runs = runs_of(
+        options,
+        lambda tree: tree["tokens"]["embedding"],
+        options.batch * options.context * options.width,
+    )
+    history = train_all(task, runs, options.output / "runs", settings)
     report(
         "sleeping_words", history, "validation loss", options.output,
         extra=[
