@@ -39,6 +39,14 @@ def x64():
 
 
 @pytest.fixture
+def quick_compilation():
+    """For whole experiments of a few steps, most of whose time is compilation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
 def eight_devices():
     """What tests of sharding need; a machine may have fewer accelerators."""
     if jax.default_backend() != "cpu" and jax.device_count() != 8:

@@ -34,6 +34,7 @@ def test_quickstart_classifies_digits(capsys):
     assert float(accuracy) > 95
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_transformer_writes_losses_and_figure(tmp_path, capsys, monkeypatch):
     drawn = []
 

@@ -201,6 +201,7 @@ def test_accuracy_goes_through_all_test_images(monkeypatch):
     test_accuracy()
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("experiment", [robustness, densenet])
 def test_experiments_run(experiment, tmp_path, capsys, monkeypatch):
     name = experiment.__name__.split(".")[-1]

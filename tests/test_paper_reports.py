@@ -146,6 +146,7 @@ def test_heat_map(tmp_path, monkeypatch):
     plt.close(figure)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_sweep_runs(tmp_path, capsys):
     options = sweep.Options(
         rates=(1e-3,), steps=41, early=20, warmup=4, depth=1, width=4, batch=4,

@@ -233,7 +233,7 @@ def two_optimizers(monkeypatch):
     monkeypatch.setattr(waking, "FIRST", 1)
 
 
-@pytest.mark.usefixtures("two_optimizers")
+@pytest.mark.usefixtures("two_optimizers", "quick_compilation")
 def test_words_run(folder, tmp_path, capsys):
     options = sleeping_words.Options(
         rates=(1e-2,), seeds=1, steps=4, warmup=2, depth=1, width=4, batch=2,
@@ -251,7 +251,7 @@ def test_words_run(folder, tmp_path, capsys):
     assert "| AdaMod, frozen | 0.01 | never left | 4, 0.0 horizons of 100 |" in printed
 
 
-@pytest.mark.usefixtures("two_optimizers")
+@pytest.mark.usefixtures("two_optimizers", "quick_compilation")
 def test_units_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sleeping_units, "BLOCKS", (1,))
     monkeypatch.setattr(sleeping_units, "WIDTH", 2)

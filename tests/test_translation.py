@@ -199,7 +199,7 @@ def tiny(pairs, monkeypatch):
     monkeypatch.setitem(translation.SIZES, "laptop", TINY)
 
 
-@pytest.mark.usefixtures("tiny")
+@pytest.mark.usefixtures("tiny", "quick_compilation")
 def test_command(tmp_path, capsys):
     options = translation.Options(steps=4, seeds=1, output=tmp_path)
     history = translation.main(options)

@@ -171,6 +171,7 @@ def test_it_goes_into_optax(optax_with_it):
     assert result.stdout == f"{path} TestResults(failed=0, attempted=10)\n"
 
 
+@pytest.mark.slow
 def test_it_passes_the_shared_tests(optax_with_it):
     path = optax_with_it / "contrib" / "_common_test.py"
     text = path.read_text()
