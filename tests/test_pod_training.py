@@ -20,7 +20,7 @@ import pod_checkpoints
 import pod_metrics
 import pod_training as pod
 
-SMALL = pod.Options(steps=8, depth=1, width=8, save_every=4)
+SMALL = pod.Options(b3=0.5, learning_rate=1e-2, steps=8, depth=1, width=8, save_every=4)
 
 pytestmark = pytest.mark.usefixtures("eight_devices")
 
@@ -85,7 +85,7 @@ def test_trains_and_notes_every_step(whole):
     assert step == 8
     assert [int(row["step"]) for row in rows] == list(range(1, 9))
     assert {row["skipped"] for row in rows} == {"0"}
-    assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
+    assert float(rows[-1]["loss"]) < float(rows[0]["loss"]) - 0.3
 
 
 def test_resumed_run_is_bit_equal(whole, tmp_path):
