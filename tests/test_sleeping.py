@@ -1,6 +1,5 @@
 """Are the sleepers, and what may be done about them, what the experiments say?"""
 
-import functools
 import math
 
 import chex
@@ -100,8 +99,7 @@ def test_averages_stand_still_asleep(name):
     assert (updates[2:] < 0).all()  # by the average of the gradients before
 
 
-@functools.cache
-def recorded_history(learning_rate=0.1, steps=40):
+def record(learning_rate=0.1, steps=40):
     """One coordinate always awake, one every 4th step, one every 20th, one never."""
     t = np.arange(1, steps + 1)[:, None]
     gradients = (t % np.array([1, 4, 20, steps + 1]) == 0) * np.float32(0.5)
@@ -109,13 +107,12 @@ def recorded_history(learning_rate=0.1, steps=40):
     tx = waking.record_updates(inner, learning_rate, lambda tree: tree, 4)
     updates, states = follow(tx, gradients)
     chex.assert_trees_all_equal(updates, np.float32(-learning_rate) * gradients)
-    return gradients, jax.tree.map(lambda x: x[-1], states)
+    return jax.tree.map(lambda x: x[-1], states)
 
 
 def test_recorder_counts_by_how_often_a_coordinate_was_awake(monkeypatch):
     monkeypatch.setattr(waking, "FIRST", 10)
-    recorded_history.cache_clear()
-    _, state = recorded_history()
+    state = record()
     np.testing.assert_array_equal(state.awake, [40, 10, 2, 0])
     # From step 10: 31 steps; every 4th from 12; the 20th and 40th, one in 20 each.
     np.testing.assert_array_equal(state.counts.sum(axis=1), [0, 2, 8, 31])
@@ -124,11 +121,10 @@ def test_recorder_counts_by_how_often_a_coordinate_was_awake(monkeypatch):
     assert row["awake 5 to 50 %: updates"] == 8
     assert row["awake above 50 %: median"] == pytest.approx(0.5)
     assert not any("below 0.5 %" in name for name in row)
-    recorded_history.cache_clear()
 
 
 def test_recorder_waits_until_shares_can_be_told():
-    _, state = recorded_history()
+    state = record()
     assert not state.counts.any()
     assert waking.recorded(state) == {}
 

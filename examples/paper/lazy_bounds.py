@@ -5,9 +5,13 @@ word that is not in the batch, the weights of a ReLU unit that no example turned
 published bound then goes on averaging, and averages rates that grow without limit,
 because the second moment decays. Three ways out, none of which changes anything for a
 coordinate that never sleeps:
+
+kept: the bound stands still, and opens over 1 / (1 - b3) steps awake;
+opened: the bound opens with the clock, around the mean of the rates when awake;
+frozen: that, and the second moment stands still too, and so the rate.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +20,7 @@ import optax
 from optax_adamod import ScaleByAdamodState
 
 Sleeping = Literal["kept", "opened", "frozen"]
-VARIANTS: dict[Sleeping, str] = {
-    "kept": "the bound stands still, and opens over 1 / (1 - b3) steps awake",
-    "opened": "the bound opens with the clock, around the mean of the rates when awake",
-    "frozen": "that, and the second moment stands still too, and so the rate",
-}
+VARIANTS: tuple[Sleeping, ...] = get_args(Sleeping)
 
 
 def lazy_adamod(
