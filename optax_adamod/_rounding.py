@@ -32,7 +32,12 @@ def random_bits(
     # All that is computed is computed of rows and columns together: what depends on
     # one of them alone, or on the step, XLA would compute in a kernel of its own.
     step = jax.lax.bitcast_convert_type(jnp.asarray(count, jnp.int32), jnp.uint32)
-    word = _mix(row ^ column ^ jnp.asarray(leaf, jnp.uint32) * _u32(0x9E3779B9))
+    # Behind the barrier the leaf is no constant of its kernel: leaves of one shape then
+    # have the same kernel, which is compiled once.
+    seed = jax.lax.optimization_barrier(
+        jnp.asarray(leaf, jnp.uint32) * _u32(0x9E3779B9)
+    )
+    word = _mix(row ^ column ^ seed)
     word = _mix((word + step) ^ row)
     lower = _u32(0xFFFF)
     return word & lower, _mix(word ^ _u32(0x85EBCA6B)) & lower, word >> 16
@@ -45,11 +50,12 @@ def store(x: jax.Array, dtype: np.dtype, bits: jax.Array | None) -> jax.Array:
     return x.astype(dtype)
 
 
+@jax.custom_jvp
 def stochastic_round(x: jax.Array, bits: jax.Array) -> jax.Array:
     """Rounds ``x`` to bfloat16: away from zero if its lower half and ``bits`` carry.
 
     What bfloat16 holds stays as it is, infinities and NaN too. No finite number
-    becomes infinite.
+    becomes infinite. In the mean this is the identity, and its derivative is that too.
     """
     word = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     sign, magnitude = word & _u32(0x80000000), word & _u32(0x7FFFFFFF)
@@ -59,6 +65,11 @@ def stochastic_round(x: jax.Array, bits: jax.Array) -> jax.Array:
     # The choice comes last, for of all these operations it alone keeps XLA on CPU (of
     # JAX 0.12) from repeating the rounding where the result is read, and from copying.
     return jnp.where(magnitude < infinity, rounded, x.astype(jnp.bfloat16))
+
+
+@stochastic_round.defjvp
+def _stochastic_round_jvp(primals, tangents):
+    return stochastic_round(*primals), tangents[0].astype(jnp.bfloat16)
 
 
 def _row_and_column(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:

@@ -93,6 +93,23 @@ def test_leaves_and_averages_round_by_bits_of_their_own():
         assert abs(np.corrcoef(a, b)[0, 1]) < 4 / np.sqrt(4096)
 
 
+def test_derivatives_are_those_of_float32():
+    """In the mean rounding is the identity, and so it is in derivatives."""
+    first = jnp.linspace(0.5, 2, 64)
+
+    def derivative(**dtypes):
+        tx = adamod(1.0, b3=0.5, **dtypes)
+        _, state = tx.update(first, tx.init(first))
+        return jax.jacfwd(lambda scale: tx.update(scale * first, state)[0])(-0.5)
+
+    exact = derivative()
+    assert np.all(np.abs(exact) > 0.1)
+    for name, dtype in BFLOAT16.items():
+        rounded = derivative(**{name: dtype})
+        chex.assert_trees_all_close(rounded, exact, rtol=0.02)
+        assert not np.array_equal(rounded, exact)
+
+
 def test_special_values_keep_their_meaning():
     largest = float(jnp.finfo(jnp.bfloat16).max)
     exact = [0.0, -0.0, 1.0, -2.5, largest, -largest, np.inf, -np.inf]
