@@ -53,6 +53,7 @@ TREES = {
     "matrix": trees.matrix,
     "160 leaves": functools.partial(trees.equal_leaves, 160 * 2**17, 160),
     "160 leaves, stacked": trees.stacked_leaves,
+    "16 equal leaves": functools.partial(trees.equal_leaves, 16 * 2**20, 16),
     "Llama 3 8B": functools.partial(trees.llama3, "8B"),
     "Llama 3 70B": functools.partial(trees.llama3, "70B"),
 }
@@ -110,9 +111,9 @@ def fully_sharded(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(sharded, tree)
 
 
-def instructions(hlo: str) -> list[tuple[str, str]]:
-    """Returns result type and operation of all that the program runs."""
-    computations = {
+def computations(hlo: str) -> dict[str, str]:
+    """Returns the computations of the program, by name."""
+    return {
         match["name"]: match["body"]
         for match in re.finditer(
             r"^(?:ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$\n(?P<body>(?:  .*\n)*)",
@@ -120,11 +121,16 @@ def instructions(hlo: str) -> list[tuple[str, str]]:
             re.MULTILINE,
         )
     }
+
+
+def instructions(hlo: str) -> list[tuple[str, str, str]]:
+    """Returns result type, operation and line of all that the program runs."""
+    bodies = computations(hlo)
     (entry,) = re.findall(r"^ENTRY %?([\w.-]+)", hlo, re.MULTILINE)
 
-    def run(name: str) -> list[tuple[str, str]]:
+    def run(name: str) -> list[tuple[str, str, str]]:
         found = []
-        for line in computations[name].splitlines():
+        for line in bodies[name].splitlines():
             match = re.match(r" +(?:ROOT )?%?[\w.-]+ = (.*?) ([a-z][\w-]*)\(", line)
             if match is None:
                 raise ValueError(f"not an instruction of HLO: {line}")
@@ -132,10 +138,26 @@ def instructions(hlo: str) -> list[tuple[str, str]]:
                 (callee,) = re.findall(r"to_apply=%?([\w.-]+)", line)
                 found += run(callee)
             elif match[2] not in FREE and "ConcatBitcast" not in line:
-                found.append((match[1], match[2]))
+                found.append((match[1], match[2], line))
         return found
 
     return run(entry)
+
+
+def kinds(hlo: str, kernels: list[str]) -> int:
+    """Returns how many of the kernels differ: what is alike is compiled once."""
+    bodies = computations(hlo)
+
+    def anonymous(text: str) -> str:
+        names: dict[str, str] = {}
+        # Where an operand lies is no matter of the kernel, nor where it comes from.
+        text = re.sub(r", (metadata|backend_config)=\{.*|:?S\(\d\)", "", text)
+        text = re.sub(r"calls=%?([\w.-]+)", lambda m: anonymous(bodies[m[1]]), text)
+        return re.sub(
+            r"%[\w.-]+", lambda m: names.setdefault(m[0], f"%{len(names)}"), text
+        )
+
+    return len({anonymous(kernel) for kernel in kernels})
 
 
 def facts(optimizer: str, tree: trees.Tree, mesh: Mesh) -> dict[str, Any]:
@@ -151,19 +173,17 @@ def facts(optimizer: str, tree: trees.Tree, mesh: Mesh) -> dict[str, Any]:
     assert hlo is not None
     assert memory is not None
     program = instructions(hlo)
-    kernels = [
-        bool(re.search(r"\[\d", shape))
-        for shape, op in program
-        if op not in PREFETCHES + PREFETCHED
-    ]
+    run = [x for x in program if x[1] not in PREFETCHES + PREFETCHED]
+    kernels = [line for shape, _, line in run if re.search(r"\[\d", shape)]
     parameters = trees.size(tree) / mesh.size
     return {
         "optimizer": optimizer,
         "leaves": len(tree),
-        "kernels": sum(kernels),
-        "of scalars": len(kernels) - sum(kernels),
-        "prefetches": sum(op in PREFETCHES for _, op in program),
-        "collectives": sum(op.startswith(COLLECTIVES) for _, op in program),
+        "kernels": len(kernels),
+        "kinds": kinds(hlo, kernels),
+        "of scalars": len(run) - len(kernels),
+        "prefetches": sum(op in PREFETCHES for _, op, _ in program),
+        "collectives": sum(op.startswith(COLLECTIVES) for _, op, _ in program),
         "temporaries, bytes": memory.temp_size_in_bytes,
         "state": sum(
             leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
@@ -188,8 +208,9 @@ def main(options: Options) -> dict[str, list[dict[str, Any]]]:
     without_hardware()
     notes = (
         "State, in and out: bytes a parameter. The rest for one chip; held is what the "
-        "chip keeps while it updates, the gradients included. A TPU computes scalars "
-        "beside its kernels, a GPU in kernels of their own.",
+        "chip keeps while it updates, the gradients included. Kernels of one kind are "
+        "compiled once. A TPU computes scalars beside its kernels, a GPU in kernels of "
+        "their own.",
     )
     tables = {}
     meshes = {target: mesh(target) for target in options.targets}
@@ -199,6 +220,12 @@ def main(options: Options) -> dict[str, list[dict[str, Any]]]:
         for target in options.targets
         if name not in (GPU_ALONE if meshes[target].size > 1 else PODS_ALONE)
     ]
+    if not jobs:
+        raise ValueError(
+            f"none of --targets is one for --trees {list(options.trees)}: "
+            f"{list(PODS_ALONE)} are for pods, {list(GPU_ALONE)} for a GPU."
+        )
+    text = ""
     for target, name in tqdm(jobs):
         where, tree = meshes[target], TREES[name]()
         title = f"{target} ({where.size} chips), {name}: {trees.size(tree):,}"
@@ -208,7 +235,8 @@ def main(options: Options) -> dict[str, list[dict[str, Any]]]:
             if optimizer != FLATTENED or name == "160 leaves"
         ]
         # After each, since the large ones take long.
-        report.save("compiled", tables, options.output, notes=notes)
+        text = report.save("compiled", tables, options.output, notes=notes)
+    print(text)
     return tables
 
 

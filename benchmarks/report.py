@@ -60,8 +60,8 @@ def save(
     folder: Path = RESULTS,
     packages: tuple[str, ...] = PACKAGES,
     notes: tuple[str, ...] = (),
-) -> None:
-    """Prints the tables, and writes them to ``name.json`` and ``name.md``.
+) -> str:
+    """Writes the tables to ``name.json`` and ``name.md``, and returns them as text.
 
     Args:
       name: Name of the files.
@@ -69,6 +69,9 @@ def save(
       folder: Where the files go.
       packages: Those whose versions matter.
       notes: Sentences that stand above the tables.
+
+    Returns:
+      What to print.
     """
     script = Path(sys.argv[0])
     about = {
@@ -88,4 +91,4 @@ def save(
     for title, rows in tables.items():
         text += f"\n## {title}\n\n{table(rows)}\n"
     (folder / f"{name}.md").write_text(f"# {name}\n\n{text}")
-    print(f"\n{text}\nwritten: {folder / name}.json and .md")
+    return f"\n{text}\nwritten: {folder / name}.json and .md"

@@ -89,7 +89,7 @@ def main() -> None:
         f"{EFFICIENCY:.0%} of the published speed. Nothing in these tables was timed. "
         "An empty cell does not fit in the chip's memory, activations not counted.",
     )
-    report.save("scaling", tables, notes=notes)
+    print(report.save("scaling", tables, notes=notes))
 
 
 if __name__ == "__main__":

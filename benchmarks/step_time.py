@@ -251,7 +251,7 @@ def main(options: Options) -> dict[str, list[dict[str, Any]]]:
     if missing:
         notes.append(f"Not installed, so left out: {', '.join(sorted(missing))}.")
     packages = (*report.PACKAGES, *torch_optimizers.PACKAGES)
-    report.save(options.name, tables, options.output, packages, tuple(notes))
+    print(report.save(options.name, tables, options.output, packages, tuple(notes)))
     return tables
 
 

@@ -179,7 +179,7 @@ def main(options: Options) -> dict[str, list[dict[str, Any]]]:
         "is all that training carries on: parameters, averages, batch statistics. No "
         "peak is given where the device keeps no statistics of its memory, as on CPU.",
     )
-    report.save(options.name, tables, options.output, notes=notes)
+    print(report.save(options.name, tables, options.output, notes=notes))
     return tables
 
 

@@ -195,9 +195,47 @@ ENTRY %main (x: f32[8], y: s32[]) -> (f32[8], s32[]) {
 
 
 def test_a_programs_instructions():
-    assert compiled.instructions(HLO) == [
+    found = [(shape, op) for shape, op, _ in compiled.instructions(HLO)]
+    assert found == [
         ("s32[]{:T(128)}", "add"),
         ("f32[8]{0}", "fusion"),
         ("f32[8]{0}", "all-gather-start"),
     ]
     assert "all-gather-start".startswith(compiled.COLLECTIVES)
+
+
+FUSIONS = """
+%inner.1 (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %y = f32[8]{0} negate(%x)
+}
+
+%outer.1 (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  ROOT %b = f32[8]{0} fusion(%a), kind=kLoop, calls=%inner.1
+}
+
+%outer.2 (c: f32[8]) -> f32[8] {
+  %c = f32[8]{0:S(1)} parameter(0)
+  ROOT %d = f32[8]{0} fusion(%c), kind=kLoop, calls=%INNER, metadata={op_name="d"}
+}
+
+%inner.2 (v: f32[8]) -> f32[8] {
+  %v = f32[8]{0} parameter(0)
+  ROOT %w = f32[8]{0} OPERATION(%v)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("inner", "operation", "kinds"),
+    [("inner.1", "negate", 1), ("inner.2", "negate", 1), ("inner.2", "abs", 2)],
+)
+def test_kernels_that_differ_in_names_alone_are_of_one_kind(inner, operation, kinds):
+    hlo = FUSIONS.replace("INNER", inner).replace("OPERATION", operation)
+    kernels = [
+        f"  %{name} = f32[8]{{0}} fusion(%p), kind=kLoop, calls=%outer.{which}"
+        for name, which in (("k", 1), ("l", 2), ("m", 2))
+    ]
+    assert compiled.kinds(hlo, kernels) == kinds
+    assert compiled.kinds(hlo, [*kernels, "  %n = f32[4]{0} copy(%p)"]) == kinds + 1

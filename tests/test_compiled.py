@@ -18,6 +18,7 @@ TARGETS = {
     "v5p 8x8x8": "libtpu",
     "2 slices of v5e 16x16": "libtpu",
 }
+TREES = ("mixed", "matrix", "16 equal leaves")
 pytestmark = pytest.mark.compiled
 
 
@@ -32,17 +33,17 @@ def target(request, tmp_path_factory):
     subprocess.run(
         [
             sys.executable, ROOT / "benchmarks" / "compiled.py",
-            "--targets", request.param, "--trees", "mixed", "matrix",
+            "--targets", request.param, "--trees", *TREES,
             "--output", folder,
         ],
         check=True,
     )  # fmt: skip
     tables = json.loads((folder / "compiled.json").read_text())["tables"]
-    assert len(tables) == 2
+    assert len(tables) == len(TREES)
     return request.param, {
         name: {row["optimizer"]: row for row in rows}
         for title, rows in tables.items()
-        for name in ("mixed", "matrix")
+        for name in TREES
         if f", {name}:" in title
     }
 
@@ -53,7 +54,7 @@ def rows(facts):
 
 def test_no_collectives(target):
     _, facts = target
-    assert [row["collectives"] for _, row in rows(facts)] == [0] * 6
+    assert [row["collectives"] for _, row in rows(facts)] == [0] * 9
 
 
 def test_no_temporaries(target):
@@ -63,7 +64,7 @@ def test_no_temporaries(target):
         assert row["temporaries, bytes"] <= 2048 + 512 * row["leaves"]
 
 
-@pytest.mark.parametrize("tree", ["mixed", "matrix"])
+@pytest.mark.parametrize("tree", TREES)
 def test_no_more_kernels_than_adam(target, tree):
     name, facts = target
     adam, adamod = facts[tree]["Adam"], facts[tree]["AdaMod"]
@@ -81,6 +82,15 @@ def test_bfloat16_takes_few_kernels_more(target):
     assert 0 < adamod["kernels"] <= adam["kernels"] + 2
     matrix = facts["matrix"]
     assert matrix["AdaMod, bfloat16 mu and bound"]["kernels"] == 1
+
+
+def test_equal_leaves_have_one_kernel_to_compile(target):
+    """With bfloat16 averages too, though each leaf has random bits of its own."""
+    _, facts = target
+    for name, row in facts["16 equal leaves"].items():
+        assert (name, row["kernels"], row["kinds"]) == (name, 16, 1)
+    for name, row in facts["mixed"].items():
+        assert (name, row["kinds"]) == (name, row["kernels"])
 
 
 def test_bytes_a_parameter(target):
