@@ -43,14 +43,12 @@ def test_resnet34_has_its_size():
 
 
 def test_resnet_halves_images():
-    model = ResNet((1, 1), 4, 1, 3, rngs=nnx.Rngs(0))
-    assert model(jnp.ones((2, 8, 8, 1))).shape == (2, 3)
-    assert model.blocks[1](model.blocks[0](jnp.ones((2, 8, 8, 4)))).shape == (
-        2,
-        4,
-        4,
-        8,
-    )
+    model = nnx.eval_shape(lambda: ResNet((1, 1), 4, 1, 3, rngs=nnx.Rngs(0)))
+    images = jnp.ones((2, 8, 8, 1))
+    assert nnx.eval_shape(lambda m: m(images), model).shape == (2, 3)
+    features = jnp.ones((2, 8, 8, 4))
+    halved = nnx.eval_shape(lambda m: m.blocks[1](m.blocks[0](features)), model)
+    assert halved.shape == (2, 4, 4, 8)
 
 
 def test_update_is_the_optimizers():
@@ -136,6 +134,7 @@ def test_nonsense_is_refused(nonsense, message):
         step_time.Options(**nonsense)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_training_steps_train(monkeypatch):
     def tiny(batch):
         model = Transformer(1, 8, 2, 4, rngs=nnx.Rngs(0))

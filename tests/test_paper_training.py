@@ -13,6 +13,8 @@ from tqdm import tqdm
 from examples.paper import training
 from examples.paper.training import Run, Task, train, train_all
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 class Model(nnx.Module):
     """Has all kinds of state: parameters, statistics, and a generator."""

@@ -27,17 +27,19 @@ pytestmark = pytest.mark.usefixtures("eight_devices")
 
 @pytest.fixture(autouse=True, scope="module")
 def compile_once(tmp_path_factory):
-    """Every run compiles the same: after the first, from a cache."""
+    """Every run compiles the same: in a hurry, and after the first from a cache."""
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = [getattr(jax.config, name) for name in names]
     for name, value in zip(
         names, (str(tmp_path_factory.mktemp("cache")), 0), strict=True
     ):
         jax.config.update(name, value)
+    jax.config.update("jax_disable_most_optimizations", True)
     compilation_cache.reset_cache()
     yield
     for name, value in zip(names, before, strict=True):
         jax.config.update(name, value)
+    jax.config.update("jax_disable_most_optimizations", False)
     compilation_cache.reset_cache()
 
 
