@@ -32,7 +32,7 @@ class ScaleByAdamodState(NamedTuple):
 class _Scalars(NamedTuple):
     """What the leaves of one dtype have in common in a step."""
 
-    per_alpha: jax.Array  # 1 / learning rate
+    of_alpha: tuple[jax.Array, jax.Array]  # s / learning rate: weight of s, offset
     mu_weights: tuple[jax.typing.ArrayLike, ...]  # of _lerp
     nu_weights: tuple[jax.typing.ArrayLike, ...]
     bound_weights: tuple[jax.typing.ArrayLike, ...]
@@ -45,7 +45,8 @@ class _Scalars(NamedTuple):
 @jax.jit
 def _update_leaf(scalars, place, g, mu, nu, bound):
     """The equations, for one leaf; returns the update and the new averages."""
-    dtype = scalars.per_alpha.dtype
+    per_alpha, unbounded = scalars.of_alpha
+    dtype = per_alpha.dtype
     wide = g.astype(jnp.result_type(g, dtype))
     mu_bits, nu_bits, bound_bits = None, None, None
     if jnp.bfloat16 in (mu.dtype, nu.dtype, bound.dtype):
@@ -62,7 +63,7 @@ def _update_leaf(scalars, place, g, mu, nu, bound):
     s = _lerp(bound.astype(dtype), eta, scalars.bound_weights)
     bound = _rounding.store(s, bound.dtype, bound_bits)
     s = bound.astype(dtype)
-    rate = jnp.minimum(_rate(v, *scalars.update_rate), s * scalars.per_alpha)
+    rate = jnp.minimum(_rate(v, *scalars.update_rate), s * per_alpha + unbounded)
     of_m, of_g = scalars.m_hat_weights
     m_hat = of_m * m if of_g is None else of_m * m + of_g * wide
     return (rate * m_hat).astype(g.dtype), mu, nu, bound
@@ -76,7 +77,7 @@ def _scalars(
         for x in (b1, b2, b3, eps, eps_root)
     )
     alpha = jnp.asarray(alpha, dtype)
-    # At alpha = 0 the update only has to be finite: the chain scales it by alpha.
+    # At alpha = 0, by which the chain scales, nothing bounds: the update is Adam's.
     is_zero = jnp.abs(alpha) < jnp.finfo(dtype).tiny
     t, next_t = (jnp.asarray(x, dtype) for x in (count, optax.safe_increment(count)))
     debias1, debias2 = _debias(b1, t), _debias(b2, t)
@@ -89,7 +90,10 @@ def _scalars(
     else:
         numerator, scale = debias1 * jax.lax.rsqrt(debias2), 1.0
     return _Scalars(
-        per_alpha=1 / jnp.where(is_zero, 1, alpha),
+        of_alpha=(
+            1 / jnp.where(is_zero, 1, alpha),
+            jnp.where(is_zero, jnp.finfo(dtype).max, 0),
+        ),
         mu_weights=_weights(b1),
         nu_weights=_weights(b2),
         bound_weights=_weights(b3),
@@ -114,16 +118,21 @@ def _lerp(
 ) -> jax.Array:
     """``average + (1 - b) * (x - average)``, or ``b * average + (1 - b) * x``."""
     of_average, offset, of_x = weights
-    return jnp.asarray(of_average * average + of_x * (x - offset * average))
+    subtracted = average
+    if not jnp.iscomplexobj(average):
+        # What overflowed stays infinite: less infinity it would be NaN.
+        subtracted = jnp.minimum(average, jnp.finfo(average.dtype).max)
+    return jnp.asarray(of_average * average + of_x * (x - offset * subtracted))
 
 
 def _debias(b: float | jax.Array, t: jax.Array) -> jax.Array:
     """``1 / (1 - b**t)``, without the cancellation where ``b**t`` is near 1."""
     if isinstance(b, float):
-        log_b = math.log(b) if b > 0 else -math.inf
-    else:
-        log_b = jnp.log(b)
-    return -1 / jnp.expm1(t * log_b)
+        return -1 / jnp.expm1(t * math.log(b)) if b > 0 else jnp.ones_like(t)
+    # Where b**t is not near 1 as the power that it is: at 0 log b has no derivative.
+    near = b >= 0.5
+    complement = -jnp.expm1(t * jnp.log(jnp.where(near, b, 0.5)))
+    return 1 / jnp.where(near, complement, 1 - jnp.where(near, 0, b) ** t)
 
 
 def _rate(
@@ -322,6 +331,7 @@ def scale_by_adamod(
                 _checks.gradient(path, g, leaf[0])
                 dtype = _real_dtype(g, *leaf)
                 place = count, np.uint32(index)
+                g = jnp.asarray(g)
                 leaves.append(_update_leaf(scalars(dtype), place, g, *leaf))
         updates, mu, nu, bound = (
             treedef.unflatten([leaf[i] for leaf in leaves]) for i in range(4)

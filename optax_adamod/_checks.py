@@ -27,6 +27,14 @@ def nonnegative(name: str, value: jax.typing.ArrayLike) -> float | jax.Array:
     return value
 
 
+def finite(name: str, value: jax.typing.ArrayLike) -> float | jax.Array:
+    """Returns ``value`` as a Python float if it is a number, else as an array."""
+    value = _scalar(name, value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}.")
+    return value
+
+
 def choice(name: str, value: str, accepted: tuple[str, ...]) -> str:
     """Returns ``value`` if it is one of ``accepted``."""
     if value not in accepted:

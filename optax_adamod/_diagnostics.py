@@ -251,7 +251,7 @@ def _settings(hyperparams: dict[str, Any], **given: Any) -> dict[str, Any]:
     if hasattr(alpha, "__jax_array__"):  # a variable of Flax, which is callable
         given["learning_rate"] = jnp.asarray(alpha)
     elif not (callable(alpha) or isinstance(alpha, jax.Array)):
-        _checks.nonnegative("learning_rate", alpha)
+        _checks.finite("learning_rate", alpha)
     return given
 
 
@@ -260,14 +260,15 @@ def _leaf_rates(bound_rate, nu, bound):
     dtype = bound_rate[0].dtype
     v, s = nu.astype(dtype), bound.astype(dtype)
     eta = jnp.where(v > 0, _rate(v, *bound_rate), jnp.nan)
-    return eta, jnp.minimum(eta, s)
+    sign = jnp.where(bound_rate[0] < 0, -1, 1)  # of the learning rate
+    return eta, sign * jnp.minimum(sign * eta, sign * s)
 
 
 @jax.jit
 def _held(adaptive, bounded):
     """Share and median factor of one leaf."""
     with _histogram.counting(adaptive.size) as dtype:
-        held = bounded < adaptive
+        held = jnp.abs(bounded) < jnp.abs(adaptive)
         number = jnp.sum(held, dtype=dtype)
         share = number / jnp.sum(~jnp.isnan(adaptive), dtype=dtype)
         # Digit by digit the largest number that at most half the factors are below,
@@ -279,13 +280,14 @@ def _held(adaptive, bounded):
         above_half = adaptive.size - (number - 1) // 2
 
         def narrow(i, low):
-            shift = (28 - 4 * i).astype(jnp.uint32)
+            shift = jnp.asarray(28 - 4 * i, jnp.uint32)
             candidates = low | (jnp.arange(1, 16, dtype=jnp.uint32) << shift)
             at_least = _histogram.count_at_least(bits, candidates, dtype)
             digit = jnp.sum(at_least >= above_half, dtype=jnp.uint32)
             return low | (digit << shift)
 
-        bits = jax.lax.fori_loop(0, 8, narrow, jnp.uint32(0))
+        # Of number's type: under shard_map it varies from device to device.
+        bits = jax.lax.fori_loop(0, 8, narrow, jnp.zeros_like(number, jnp.uint32))
         median = jax.lax.bitcast_convert_type(bits, jnp.float32)
         median = jnp.where(number > 0, median, jnp.nan)
         return share.astype(jnp.float32), median

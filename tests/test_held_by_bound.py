@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from optax_adamod import LearningRates, held_by_bound
 
@@ -46,3 +48,21 @@ def test_factors_that_are_alike():
     assert held == (1.0, 3.0)
     infinite = held_by_bound(LearningRates(jnp.full(5, jnp.inf), jnp.full(5, 2.0)))
     assert infinite == (1.0, np.inf)
+
+
+def test_each_device_for_itself(eight_devices):
+    rng = np.random.default_rng(0)
+    adaptive = rng.lognormal(sigma=3, size=(8, 50)).astype(np.float32)
+    bounded = np.minimum(adaptive, rng.lognormal(size=(8, 50)).astype(np.float32))
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    held = jax.shard_map(
+        lambda rates: jax.tree.map(lambda x: x[None], held_by_bound(rates)),
+        mesh=mesh,
+        in_specs=P("x"),
+        out_specs=P("x"),
+    )
+    share, factor = jax.jit(held)(LearningRates(adaptive, bounded))
+    expected = [numpy_held(*pair) for pair in zip(adaptive, bounded, strict=True)]
+    chex.assert_trees_all_close(
+        (share, factor), tuple(np.asarray(expected).T), rtol=2e-7
+    )

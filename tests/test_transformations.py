@@ -1,5 +1,7 @@
 """Do JAX's own transformations, jit, vmap, grad and donation, work on an update?"""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,13 @@ import numpy as np
 import optax
 import pytest
 
-from optax_adamod import adamod, adamodw, scale_by_adamod
+from optax_adamod import (
+    adamod,
+    adamodw,
+    held_by_bound,
+    learning_rates,
+    scale_by_adamod,
+)
 
 TARGET = jnp.asarray([1.0, -2.0, 3.0])
 
@@ -66,6 +74,69 @@ def test_gradient_of_training(argument, convention, x64):
     analytic = jax.jit(jax.grad(f))(at[argument])
     assert abs(analytic) > 1e-2
     chex.assert_trees_all_close(analytic, numeric, rtol=1e-6)
+
+
+@pytest.mark.parametrize("argument", ["learning_rate", "b1", "b2"])
+def test_gradient_of_training_where_a_hyperparameter_is_zero(argument):
+    """Learning rates and decay rates may be learned from zero on."""
+
+    def trained(make, x):
+        tx = make(**{"learning_rate": 0.1, "eps_root": 1e-8, argument: x})
+        params, state = jnp.zeros(3), tx.init(jnp.zeros(3))
+        for _ in range(3):
+            updates, state = tx.update(jax.grad(loss)(params), state)
+            params = optax.apply_updates(params, updates)
+        return loss(params)
+
+    adam = jax.grad(functools.partial(trained, optax.adam))(0.0)
+    ours = jax.grad(functools.partial(trained, functools.partial(adamod, b3=0.0)))(0.0)
+    assert abs(adam) > 1e-2
+    chex.assert_trees_all_close(ours, adam, rtol=1e-4)
+
+
+def test_update_of_a_closed_learning_rate_is_adams():
+    schedule = optax.piecewise_constant_schedule(0.1, {2: 0.0})
+    tx = scale_by_adamod(b3=0.9, bound_learning_rate=schedule)
+    state = tx.init(TARGET)
+    for share in (0.1, 0.19, 1.0, 1.0):  # of Adam's, which is the sign
+        updates, state = tx.update(TARGET, state)
+        chex.assert_trees_all_close(updates, share * jnp.sign(TARGET), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtypes", [{}, {"nu_dtype": "bfloat16"}], ids=str)
+@pytest.mark.parametrize("convention", ["paper", "torch"])
+@pytest.mark.parametrize("b3", [0.0, 0.9])
+def test_square_that_overflows_stops_its_coordinate_alone(b3, convention, dtypes):
+    """As with ``optax.adam``, and no update is NaN."""
+    tx, adam = adamod(0.1, b3=b3, convention=convention, **dtypes), optax.adam(0.1)
+    state, adams = tx.init(TARGET), adam.init(TARGET)
+    plain = tx.init(TARGET)
+    for step in range(10):
+        g = TARGET.at[0].set(3e19) if step == 3 else TARGET
+        updates, state = tx.update(g, state)
+        expected, plain = tx.update(TARGET, plain)
+        chex.assert_trees_all_equal(updates[1:], expected[1:])
+        theirs, adams = adam.update(g, adams)
+        assert (theirs[0] == 0) == (updates[0] == 0) == (step >= 3)
+    chex.assert_tree_all_finite((updates, optax.tree.get(state, "bound")))
+
+
+def test_without_jit():
+    with jax.disable_jit():
+        tx = adamod(0.1, b3=0.5)
+        updates, state = tx.update(2.0, tx.init(1.0))
+        assert updates == pytest.approx(-0.05)
+        held = held_by_bound(learning_rates(state, 0.1, eps=1e-8))
+        assert held == (1.0, 2.0)
+
+
+def test_no_infinity_on_the_way():
+    """Under JAX's own checks, of what is computed outside jit too."""
+    with jax.debug_infs(True), jax.debug_nans(True):
+        for b1, b2, b3 in ((0.0, 0.0, 0.0), (0.9, 0.999, 0.999)):
+            tx = adamod(0.1, b1=b1, b2=b2, b3=b3)
+            updates, _ = tx.update(TARGET, tx.init(TARGET))
+            assert np.all(updates * TARGET < 0)
 
 
 def test_traced_hyperparameters():

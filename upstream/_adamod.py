@@ -105,10 +105,15 @@ def scale_by_adamod(
     rate = jax.tree.map(lambda v: 1 / (jnp.sqrt(v + eps_root) + eps), nu_hat)
     eta = optax.tree.scale(alpha, rate)
     bound = optax.tree.update_moment(eta, state.bound, b3, 1)
-    # Where the learning rate is zero the chain scales whatever is finite by it.
-    per_alpha = 1 / jnp.where(jnp.equal(alpha, 0), 1, alpha)
+    # Where the learning rate is zero, by which the chain scales, nothing bounds.
+    is_zero = jnp.equal(alpha, 0)
+    per_alpha = 1 / jnp.where(is_zero, 1, alpha)
+
+    def bounded(r, s):
+      return jnp.where(is_zero, r, jnp.minimum(r, s * per_alpha))
+
     updates = jax.tree.map(
-        lambda g, r, s, m: (jnp.minimum(r, s * per_alpha) * m).astype(g.dtype),
+        lambda g, r, s, m: (bounded(r, s) * m).astype(g.dtype),
         updates,
         rate,
         bound,
