@@ -26,7 +26,7 @@ from tqdm import tqdm
 import report
 import torch_optimizers
 import trees
-from optimizers import ADAM, DONATED, OPTIMIZERS, step
+from optimizers import ADAM, ADAMOD, DONATED, OPTIMIZERS, step
 
 SAMPLE_SECONDS = 5e-3  # a sample is of as many steps as take about this long
 Trees = dict[str, Callable[[], trees.Tree]]
@@ -137,10 +137,10 @@ def quartiles(values: list[float]) -> str:
     return f"{lower:.2f} to {upper:.2f}"
 
 
-def bytes_per_step(optimizer: str, tree: trees.Tree) -> int | None:
+def bytes_per_step(optimizer: str, tree: trees.Tree) -> int:
     """Returns what an update must read and write: gradients, parameters and state."""
-    if optimizer not in OPTIMIZERS:
-        return None
+    if optimizer in torch_optimizers.NAMES:
+        optimizer = ADAMOD if ADAMOD in optimizer else ADAM
     state = jax.eval_shape(OPTIMIZERS[optimizer]().init, tree)
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     return 3 * 4 * trees.size(tree) + 2 * held
@@ -160,22 +160,18 @@ def compare(
         for (x, times), sample in zip(turns, samples, strict=True):
             sample.append(seconds(x, times))
     ratios = [other / own for own, other in zip(*samples[:2], strict=True)]
-    row = {
+    moved, copied = bytes_per_step(optimizer, tree), 2 * 4 * trees.size(tree)
+    return {
         "optimizer": optimizer,
         "ms, median": 1e3 * statistics.median(samples[1]),
         "of Adam's time": statistics.median(ratios),
         "quartiles": quartiles(ratios),
-        "GB/s": None,
-        "of a copy's": None,
-    }
-    if moved := bytes_per_step(optimizer, tree):
-        copied = 2 * 4 * trees.size(tree)
-        row["GB/s"] = moved / statistics.median(samples[1]) / 1e9
-        row["of a copy's"] = statistics.median(
+        "GB/s": moved / statistics.median(samples[1]) / 1e9,
+        "of a copy's": statistics.median(
             (moved / own) / (copied / copy)
             for own, copy in zip(*samples[1:], strict=True)
-        )
-    return row
+        ),
+    }
 
 
 def compiling(optimizer: str, tree: trees.Tree, repeats: int = 5) -> dict[str, Any]:

@@ -94,9 +94,14 @@ def test_bytes_that_an_update_moves():
     tree = trees.equal_leaves(10**6, 1)
     moved = [
         step_time.bytes_per_step(x, tree) / 1e6
-        for x in (optimizers.ADAM, optimizers.ADAMOD, optimizers.ADAMOD_BFLOAT16)
+        for x in (
+            optimizers.ADAM,
+            optimizers.ADAMOD,
+            optimizers.ADAMOD_BFLOAT16,
+            *torch_optimizers.NAMES,
+        )
     ]
-    np.testing.assert_allclose(moved, [28, 36, 28], atol=0.001)
+    np.testing.assert_allclose(moved, [28, 36, 28] + [28] * 2 + [36] * 3, atol=0.001)
 
 
 def test_tracing_starts_from_nothing():
