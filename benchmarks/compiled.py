@@ -203,6 +203,24 @@ def facts(optimizer: str, tree: trees.Tree, mesh: Mesh) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def jobs(options: Options) -> list[tuple[str, str]]:
+    """Returns targets and trees that belong together."""
+    found = [
+        (target, name)
+        for name in options.trees
+        for target in options.targets
+        if name
+        not in (GPU_ALONE if TARGETS[target]["platform"] == "tpu" else PODS_ALONE)
+    ]
+    if not found:
+        raise ValueError(
+            f"--trees {list(options.trees)} and --targets {list(options.targets)} do "
+            f"not go together: {list(PODS_ALONE)} are for pods, {list(GPU_ALONE)} for "
+            "a GPU."
+        )
+    return found
+
+
 def main(options: Options) -> dict[str, list[dict[str, Any]]]:
     """Returns a table for each target and tree."""
     without_hardware()
@@ -213,20 +231,10 @@ def main(options: Options) -> dict[str, list[dict[str, Any]]]:
         "their own.",
     )
     tables = {}
+    wanted = jobs(options)
     meshes = {target: mesh(target) for target in options.targets}
-    jobs = [
-        (target, name)
-        for name in options.trees
-        for target in options.targets
-        if name not in (GPU_ALONE if meshes[target].size > 1 else PODS_ALONE)
-    ]
-    if not jobs:
-        raise ValueError(
-            f"none of --targets is one for --trees {list(options.trees)}: "
-            f"{list(PODS_ALONE)} are for pods, {list(GPU_ALONE)} for a GPU."
-        )
     text = ""
-    for target, name in tqdm(jobs):
+    for target, name in tqdm(wanted):
         where, tree = meshes[target], TREES[name]()
         title = f"{target} ({where.size} chips), {name}: {trees.size(tree):,}"
         tables[f"{title} parameters"] = [

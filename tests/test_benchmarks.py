@@ -208,6 +208,16 @@ def test_a_programs_instructions():
     assert "all-gather-start".startswith(compiled.COLLECTIVES)
 
 
+def test_trees_that_are_for_no_target_are_refused():
+    options = compiled.Options(targets=("H100",), trees=("Llama 3 8B",))
+    with pytest.raises(ValueError, match=r"Llama 3 8B.*H100.*do not go together"):
+        compiled.jobs(options)
+    all_of_them = compiled.jobs(compiled.Options())
+    assert ("H100", "160 leaves") in all_of_them
+    assert not {("H100", "Llama 3 8B"), ("v5e 16x16", "160 leaves")} & {*all_of_them}
+    assert len(all_of_them) == 20
+
+
 FUSIONS = """
 %inner.1 (x: f32[8]) -> f32[8] {
   %x = f32[8]{0} parameter(0)

@@ -81,6 +81,15 @@ def test_it_is_our_adamod(upstream, dtype, rate):
         chex.assert_trees_all_close(theirs, ours, **close)
 
 
+def test_update_of_a_closed_learning_rate_is_adams(upstream):
+    schedule = optax.piecewise_constant_schedule(0.1, {2: 0.0})
+    tx = upstream.scale_by_adamod(b3=0.9, bound_learning_rate=schedule)
+    gradients = jnp.asarray([[1.0, -2.0]] * 4)
+    _, updates = trajectory(tx, gradients, gradients[0])
+    expected = np.outer([0.1, 0.19, 1.0, 1.0], [1, -1])
+    chex.assert_trees_all_close(updates, jnp.asarray(expected, jnp.float32), rtol=2e-5)
+
+
 @pytest.mark.parametrize(
     ("objective", "start", "goal", "steps"),
     [
