@@ -23,7 +23,7 @@ def run(count: int, devices: int, target: Callable[..., None], *args: Any) -> No
       *args: Its arguments, which can be pickled.
 
     Raises:
-      RuntimeError: If a process failed; says which and how, the first one first.
+      RuntimeError: If processes failed; says which and how, as they ended.
     """
     context = multiprocessing.get_context("spawn")
     with socket.socket() as free:

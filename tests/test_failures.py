@@ -161,22 +161,23 @@ def children(pid):
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds processes in /proc")
 def test_one_of_four_processes_killed(start, tmp_path):
     options = ("--local-processes", 4, "--save-every", 10, "--steps")
-    run = start(tmp_path / "run", *options, 4000)
+    run = start(tmp_path / "run", *options, 100_000)  # more than it can reach
     assert run.wait_for(lambda: len(run.saved()) > 1)
     os.kill(children(run.process.pid)[2], signal.SIGKILL)
     killed = time.monotonic()
     text = run.ends(code=1, seconds=60)
     assert time.monotonic() - killed < 60
-    assert "process 2 was killed by SIGKILL" in text
-    assert "error: process 2 was killed by SIGKILL" in text
-    assert "had not ended" not in text
-    # Each of the others says why: our words, or those of JAX's heartbeat.
-    reasons = re.findall(
-        r"process \d of 4 cannot go on|Terminating process because the JAX "
-        r"distributed service detected fatal errors",
-        text,
-    )
-    assert len(reasons) >= 3
+    # The last line, when nobody is left to write between its words.
+    error = text[text.rindex("error: process") :]
+    ends = dict(re.findall(r"process (\d) (was killed by \w+|ended with code \d+)", error))
+    assert ends.pop("2") == "was killed by SIGKILL"
+    assert set(ends) == {"0", "1", "3"}
+    # Those that could say why have. The others were aborted by JAX's heartbeat, or by
+    # Gloo in the midst of another collective of the same step.
+    for process, end in ends.items():
+        assert end in ("was killed by SIGABRT", "ended with code 1")
+        if end == "ended with code 1":
+            assert f"process {process} of 4 cannot go on" in text
     saved = run.saved()[-1]
     again = start(tmp_path / "run", *options, saved + 5)
     assert again.wait_for_step() == saved
@@ -234,18 +235,22 @@ def small_disk(request, tmp_path):
 
 def test_full_disk_is_no_end(start, tmp_path, small_disk):
     folder, limit, lift = small_disk
-    run = start(folder / "run", "--steps", 300, "--save-every", 20)
+    options = ("--save-every", 20, "--steps")
+    run = start(folder / "run", *options, 100_000)  # more than it can reach
     limit(run.process.pid)
     warning = r"step (\d+) was not saved: .*(File too large|No space left).* goes on"
     assert run.wait_for(lambda: len(re.findall(warning, run.text())) > 1), run.text()
     assert not run.saved()
     lift(run.process.pid)
+    assert run.wait_for(run.saved)
+    run.process.terminate()
     text = run.ends()
+    last = run.saved()[-1]
     lost = [int(step) for step, _ in re.findall(warning, text)]
     assert lost[:2] == [20, 40]
-    assert lost[-1] < run.saved()[0] == 260
-    assert run.saved()[-1] == 300
-    whole = start(tmp_path / "whole", "--steps", 300, "--save-every", 300)
+    assert lost == list(range(20, lost[-1] + 20, 20))  # and none after those
+    assert lost[-1] < last
+    whole = start(tmp_path / "whole", "--save-every", last, "--steps", last)
     whole.ends()
     assert run.rows() == whole.rows()
     chex.assert_trees_all_equal(restored(run.folder), restored(whole.folder))
