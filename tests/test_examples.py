@@ -43,6 +43,8 @@ def test_transformer_writes_losses_and_figure(tmp_path, capsys, monkeypatch):
         learning_rate_figure.plot(runs, rates, bins, path)
 
     monkeypatch.setattr(example, "plot", plot)
+    monkeypatch.setattr(example, "BATCH", 8)
+    monkeypatch.setattr(example, "CONTEXT", 16)
     options = example.Options(
         steps=24, depth=1, width=16, seeds=2, output=tmp_path / "new"
     )

@@ -29,6 +29,7 @@ def test_full_size_models():
     assert round(residual / 1e6, 1) == 21.3
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_densenet_keeps_what_a_layer_saw():
     model = DenseNet((2, 1), 4, 1, 10, rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 8, 1)), jnp.float32)
@@ -207,6 +208,11 @@ def test_experiments_run(experiment, tmp_path, capsys, monkeypatch):
     name = experiment.__name__.split(".")[-1]
     monkeypatch.setattr("sys.argv", [f"{name}.py", "--epochs", "1"])
     monkeypatch.setattr(robustness, "LEARNING_RATES", (0.01,))
+    # Of the same kinds, but of fewer layers to compile.
+    monkeypatch.setattr(robustness, "ResNet", lambda _, *x, **y: ResNet((1,), *x, **y))
+    monkeypatch.setattr(
+        densenet, "DenseNet", lambda _, *x, **y: DenseNet((1, 1), *x, **y)
+    )
     monkeypatch.setattr(image_classification, "ROWS", 2)
     experiment.main(Options(epochs=1, seeds=1, output=tmp_path))
     printed = capsys.readouterr().out
