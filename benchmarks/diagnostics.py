@@ -9,6 +9,7 @@ import time
 
 import jax
 import numpy as np
+import tyro
 
 from optax_adamod import held_by_bound, learning_rates, log10_histogram, scale_by_adamod
 
@@ -48,4 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -6,6 +6,7 @@ In processes of their own, without the garbage collector: a full collection of w
 and Optax have made takes longer, and happens to strike here or elsewhere.
 """
 
+import argparse
 import statistics
 import subprocess
 import sys
@@ -36,4 +37,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     main()

@@ -8,7 +8,10 @@ bandwidth, memory and speed. Computed: all the rest.
 """
 
 import json
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import tyro
 
 import report
 import trees
@@ -72,8 +75,12 @@ def table(chip: Chip, parameters: int) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    """Writes a table for each chip and model."""
+def main(output: Path = report.RESULTS) -> None:
+    """Writes a table for each chip and model.
+
+    Args:
+      output: Folder of the results.
+    """
     tables = {}
     for name, chip in CHIPS.items():
         for model in ("8B", "70B", "405B"):
@@ -89,8 +96,8 @@ def main() -> None:
         f"{EFFICIENCY:.0%} of the published speed. Nothing in these tables was timed. "
         "An empty cell does not fit in the chip's memory, activations not counted.",
     )
-    print(report.save("scaling", tables, notes=notes))
+    print(report.save("scaling", tables, output, notes=notes))
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import runpy
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -157,6 +159,27 @@ def test_training_steps_train(monkeypatch):
     assert trees.size(training.parameters) == sum(
         x.size for x in jax.tree.leaves(params)
     )
+
+
+COMMANDS = [
+    path
+    for path in sorted(Path(scaling.__file__).parent.glob("*.py"))
+    if '"__main__"' in path.read_text()
+]
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
+def test_an_unknown_option_is_refused(path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [str(path), "--nonsense"])
+    with pytest.raises(SystemExit) as refused:
+        runpy.run_path(str(path), run_name="__main__")
+    assert refused.value.code == 2
+    assert "--nonsense" in "".join(capsys.readouterr())
+
+
+def test_scaling_writes_its_tables(tmp_path):
+    scaling.main(tmp_path)
+    assert "## v5p, Llama 3 405B" in (tmp_path / "scaling.md").read_text()
 
 
 def test_scaling_follows_the_bytes(monkeypatch):

@@ -169,7 +169,9 @@ def test_one_of_four_processes_killed(start, tmp_path):
     assert time.monotonic() - killed < 60
     # The last line, when nobody is left to write between its words.
     error = text[text.rindex("error: process") :]
-    ends = dict(re.findall(r"process (\d) (was killed by \w+|ended with code \d+)", error))
+    ends = dict(
+        re.findall(r"process (\d) (was killed by \w+|ended with code \d+)", error)
+    )
     assert ends.pop("2") == "was killed by SIGKILL"
     assert set(ends) == {"0", "1", "3"}
     # Those that could say why have. The others were aborted by JAX's heartbeat, or by

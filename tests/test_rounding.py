@@ -46,7 +46,7 @@ def test_mean_error_is_zero(which):
     @jax.jit
     def count(lower):
         x = jnp.broadcast_to(float32(0x3F800000 | lower)[:, None], (values, samples))
-        # Chance puts 1 mean in 16,000 outside; at this step it puts none of these there.
+        # Chance puts 1 mean in 16,000 outside; at this step, none of these.
         bits = _rounding.random_bits((values, samples), 5, 0)[which]
         rounded = _rounding.stochastic_round(x, bits)
         up = rounded == 1 + 2.0**-7
