@@ -120,6 +120,7 @@ def test_recorder_counts_by_how_often_a_coordinate_was_awake(monkeypatch):
     row = waking.recorded(state)
     assert row["awake 5 to 50 %: updates"] == 8
     assert row["awake above 50 %: median"] == pytest.approx(0.5)
+    assert waking.asleep(row | {"step": 40}, 4) == pytest.approx(1 - 41 / (4 * 31))
     assert not any("below 0.5 %" in name for name in row)
 
 
@@ -260,7 +261,10 @@ def test_units_run(tmp_path, capsys, monkeypatch):
     for rows in history.values():
         assert rows[-1]["awake above 50 %: updates"] > 0
         assert 0 < rows[-1]["awake above 50 %: median"] < 10
-    assert "| AdaMod, frozen |" in capsys.readouterr().out
+        assert 0 <= rows[-1]["share of coordinates asleep"] < 1
+    printed = capsys.readouterr().out
+    assert "| AdaMod, frozen |" in printed
+    assert "Share of coordinates asleep after 5 steps:" in printed
 
 
 def test_tables():

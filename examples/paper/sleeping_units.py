@@ -20,13 +20,14 @@ from ..resnet import ResNet
 from .command import command
 from .data.images import digits
 from .image_classification import accuracy, loss
-from .report import report
+from .report import final_table, report
 from .sleeping_words import runs_of
 from .training import History, Task, train_all
-from .waking import recorded, updates_table
+from .waking import asleep, recorded, updates_table
 
 ROWS = 5  # of a run's history
 BLOCKS, WIDTH = (1, 1, 1), 8
+ASLEEP = "share of coordinates asleep"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +83,13 @@ def main(options: Options) -> History:
     for name in ("rates", "seeds", "output"):
         del settings[name]
     history = train_all(task, runs, options.output / "runs", settings)
+    history = {
+        run: [row | {ASLEEP: asleep(row, size)} for row in rows]
+        for run, rows in history.items()
+    }
     report(
         "sleeping_units", history, "test accuracy", options.output,
-        extra=[updates_table(history)],
+        extra=[final_table(history, ASLEEP, 1), updates_table(history)],
     )  # fmt: skip
     return history
 

@@ -11,7 +11,7 @@ import optax
 from benchmarks.report import table
 
 from .report import final_value, grouped, spread
-from .training import History, Run
+from .training import History, Row, Run
 
 SHARES = (0.005, 0.05, 0.5)  # of the steps in which a coordinate is awake
 AWAKE = ("below 0.5 %", "0.5 to 5 %", "5 to 50 %", "above 50 %")
@@ -96,6 +96,12 @@ def recorded(state: RecordUpdatesState) -> dict[str, float]:
             row[f"awake {name}: largest"] = float(most)
             row[f"awake {name}: updates"] = float(count.sum())
     return row
+
+
+def asleep(row: Row, size: int) -> float:
+    """Returns the share of zeros among the gradients of so many coordinates."""
+    awake = sum(row.get(f"awake {name}: updates", 0) for name in AWAKE)
+    return 1 - awake / (size * (row["step"] - FIRST + 1))
 
 
 def quantile(counts: np.ndarray, share: float) -> float:
