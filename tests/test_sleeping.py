@@ -128,6 +128,7 @@ def test_recorder_waits_until_shares_can_be_told():
     state = record()
     assert not state.counts.any()
     assert waking.recorded(state) == {}
+    assert math.isnan(waking.asleep({"step": waking.FIRST - 1}, 4))
 
 
 def test_quantiles():

@@ -17,13 +17,13 @@ from flax import nnx
 
 from ..options import check_counts, check_decays, check_rates
 from ..resnet import ResNet
+from . import waking
 from .command import command
 from .data.images import digits
 from .image_classification import accuracy, loss
 from .report import final_table, report
 from .sleeping_words import runs_of
 from .training import History, Task, train_all
-from .waking import asleep, recorded, updates_table
 
 ROWS = 5  # of a run's history
 BLOCKS, WIDTH = (1, 1, 1), 8
@@ -76,7 +76,7 @@ def main(options: Options) -> History:
         steps=options.steps,
         row_every=max(1, options.steps // ROWS),
         evaluate=lambda model: {"test accuracy": accuracy(model, images)},
-        record=recorded,
+        record=waking.recorded,
     )
     runs = runs_of(options, everything, size)
     settings = dataclasses.asdict(options)
@@ -84,12 +84,13 @@ def main(options: Options) -> History:
         del settings[name]
     history = train_all(task, runs, options.output / "runs", settings)
     history = {
-        run: [row | {ASLEEP: asleep(row, size)} for row in rows]
+        run: [row | {ASLEEP: waking.asleep(row, size)} for row in rows]
         for run, rows in history.items()
     }
+    tables = [final_table(history, ASLEEP, 1), waking.updates_table(history)]
     report(
         "sleeping_units", history, "test accuracy", options.output,
-        extra=[final_table(history, ASLEEP, 1), updates_table(history)],
+        extra=tables if options.steps >= waking.FIRST else [],
     )  # fmt: skip
     return history
 

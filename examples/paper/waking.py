@@ -1,5 +1,6 @@
 """How far coordinates move when they wake, by how seldom they are awake."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -99,7 +100,9 @@ def recorded(state: RecordUpdatesState) -> dict[str, float]:
 
 
 def asleep(row: Row, size: int) -> float:
-    """Returns the share of zeros among the gradients of so many coordinates."""
+    """Returns the share of zeros among so many coordinates' gradients from FIRST on."""
+    if row["step"] < FIRST:
+        return math.nan
     awake = sum(row.get(f"awake {name}: updates", 0) for name in AWAKE)
     return 1 - awake / (size * (row["step"] - FIRST + 1))
 
