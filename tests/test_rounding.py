@@ -243,27 +243,32 @@ def test_half_precision_parameters_do_not_stall():
     assert abs(state.mu.astype(jnp.float32).mean() / 1.5 - 1) < 1e-3
 
 
+def train(params):
+    """The updates and the state after four steps with noise as gradients."""
+    tx = adamod(0.1, **BFLOAT16)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for key in jax.random.split(jax.random.key(0), 4):
+        noise = jax.random.normal(key, (8, 16))
+        gradients = jax.tree.map(
+            lambda p, n=noise: jax.device_put(n, p.sharding), params
+        )
+        updates, state = update(gradients, state)
+    return updates, state
+
+
+@pytest.fixture(scope="module")
+def trained():
+    params = {"w": jnp.ones((8, 16)), "v": jnp.ones((8, 16))}
+    return params, train(params)
+
+
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("spec", [P("x"), P("x", "y"), P(None, ("x", "y"))], ids=str)
-def test_sharded_updates_are_the_same_bits(axis_type, spec):
+def test_sharded_updates_are_the_same_bits(trained, axis_type, spec):
     if jax.device_count() < 8:
         pytest.skip("8 devices make the mesh; the default of 8 CPU devices has them")
+    params, expected = trained
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
-    tx = adamod(0.1, **BFLOAT16)
-    keys = jax.random.split(jax.random.key(0), 4)
-    params = {"w": jnp.ones((8, 16)), "v": jnp.ones((8, 16))}
-
-    def train(params):
-        state, update = tx.init(params), jax.jit(tx.update)
-        for key in keys:
-            noise = jax.random.normal(key, (8, 16))
-            gradients = jax.tree.map(
-                lambda p, n=noise: jax.device_put(n, p.sharding), params
-            )
-            updates, state = update(gradients, state)
-        return updates, state
-
-    expected = train(params)
     with jax.set_mesh(mesh):
         sharding = NamedSharding(mesh, spec)
         actual = train(jax.device_put(params, sharding))

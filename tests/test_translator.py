@@ -17,6 +17,8 @@ from examples.paper.models.translator import (
     sinusoids,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def model():
