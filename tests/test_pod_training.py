@@ -5,6 +5,7 @@ import dataclasses
 import os
 import re
 import signal
+import sys
 
 import chex
 import jax
@@ -229,6 +230,32 @@ def test_distributed_needs_a_cluster(tmp_path, monkeypatch):
     options = dataclasses.replace(SMALL, distributed=True, output=tmp_path)
     with pytest.raises(ValueError, match="Slurm and Kubernetes, and JAX finds none"):
         pod.main(options)
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    def train(options):
+        raise RuntimeError("Connection closed by peer\nand much more")
+
+    monkeypatch.setattr(pod, "train", train)
+
+
+def test_one_of_many_says_why_and_waits_for_none(broken, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    monkeypatch.setattr(jax, "process_index", lambda: 3)
+    monkeypatch.setattr(os, "_exit", lambda code: sys.exit(code + 100))
+    with pytest.raises(SystemExit) as ended:
+        pod.run(SMALL)
+    assert ended.value.code == 101
+    words = capsys.readouterr().err
+    assert words.startswith("process 3 of 4 cannot go on: Connection closed by peer\n")
+    assert "start all of them again" in words
+    assert "and much more" not in words
+
+
+def test_one_alone_fails_as_usual(broken):
+    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+        pod.run(SMALL)
 
 
 def test_mesh_that_does_not_fit_is_refused():
