@@ -268,9 +268,18 @@ def test_unfinished_checkpoints_are_named(run, tmp_path):
     with pytest.warns(UserWarning, match="/4.* was not finished when a run ended"):
         checkpoints = Checkpoints(tmp_path)
     step, _ = checkpoints.restore(abstract(third, sharding(8)))
-    checkpoints.close()
     assert step == 3
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["3"]
+    checkpoints.save(4, third)  # waits until what was not finished is gone
+    checkpoints.close()
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"3", "4"}
+
+
+def test_the_newest_three_are_kept(run, tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    for step in range(1, 6):
+        checkpoints.save(step, run[1])
+    checkpoints.close()
+    assert {path.name for path in tmp_path.iterdir()} == {"3", "4", "5"}
 
 
 def test_empty_folder_has_nothing_to_restore(tmp_path):

@@ -161,6 +161,7 @@ def run(optax_with_it, *arguments):
             "PYTHONPATH": str(optax_with_it.parent),
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": "8",
+            "PYTEST_ADDOPTS": "--color=no -p no:cacheprovider",
         },
         capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -193,7 +194,7 @@ def test_it_passes_the_shared_tests(optax_with_it):
         "_OTHER_OPTIMIZERS_UNDER_TEST = []\n"
     )
     path.write_text(text.replace(all_of_them, ours_alone + all_of_them))
-    result = run(optax_with_it, "-m", "pytest", "-q", "-p", "no:cacheprovider", path)
+    result = run(optax_with_it, "-m", "pytest", "-q", path)
     assert result.returncode == 0, result.stdout
     (passed,) = re.findall(r"^(\d+) passed", result.stdout, re.M)
     assert int(passed) > 10
