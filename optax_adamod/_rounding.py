@@ -30,15 +30,18 @@ def random_bits(
     """
     row, column = _row_and_column(shape)
     # All that is computed is computed of rows and columns together: what depends on
-    # one of them alone, or on the step, XLA would compute in a kernel of its own.
+    # one of them alone XLA would compute in a kernel of its own. The step changes all
+    # bits before the first mix: added to the word later, it would let coordinates of
+    # one row ^ column take turns with the same bits.
     step = jax.lax.bitcast_convert_type(jnp.asarray(count, jnp.int32), jnp.uint32)
+    step *= _u32(0xD1B54A35)
     # Behind the barrier the leaf is no constant of its kernel: leaves of one shape then
     # have the same kernel, which is compiled once.
     seed = jax.lax.optimization_barrier(
         jnp.asarray(leaf, jnp.uint32) * _u32(0x9E3779B9)
     )
-    word = _mix(row ^ column ^ seed)
-    word = _mix((word + step) ^ row)
+    word = _mix((row ^ column ^ seed) + step)
+    word = _mix(word ^ row)
     lower = _u32(0xFFFF)
     return word & lower, _mix(word ^ _u32(0x85EBCA6B)) & lower, word >> 16
 
