@@ -32,7 +32,7 @@ class ScaleByAdamodState(NamedTuple):
 class _Scalars(NamedTuple):
     """What the leaves of one dtype have in common in a step."""
 
-    of_alpha: tuple[jax.Array, jax.Array]  # s / learning rate: weight of s, offset
+    of_alpha: tuple[jax.Array, jax.Array]  # |s / learning rate|: weight of |s|, offset
     mu_weights: tuple[jax.typing.ArrayLike, ...]  # of _lerp
     nu_weights: tuple[jax.typing.ArrayLike, ...]
     bound_weights: tuple[jax.typing.ArrayLike, ...]
@@ -63,10 +63,15 @@ def _update_leaf(scalars, place, g, mu, nu, bound):
     s = _lerp(bound.astype(dtype), eta, scalars.bound_weights)
     bound = _rounding.store(s, bound.dtype, bound_bits)
     s = bound.astype(dtype)
-    rate = jnp.minimum(_rate(v, *scalars.update_rate), s * per_alpha + unbounded)
+    # The bound acts on magnitudes: where the learning rate is negative, so are both.
+    s_per_alpha = jnp.abs(s) * per_alpha + unbounded
+    rate = jnp.minimum(_rate(v, *scalars.update_rate), s_per_alpha)
     of_m, of_g = scalars.m_hat_weights
-    m_hat = of_m * m if of_g is None else of_m * m + of_g * wide
-    return (rate * m_hat).astype(g.dtype), mu, nu, bound
+    # The rate first: where a square overflows it is 0, and m_hat may be infinite.
+    update = (rate * of_m).astype(wide.dtype) * m
+    if of_g is not None:
+        update += (rate * of_g).astype(wide.dtype) * wide
+    return update.astype(g.dtype), mu, nu, bound
 
 
 def _scalars(
@@ -91,38 +96,42 @@ def _scalars(
         numerator, scale = debias1 * jax.lax.rsqrt(debias2), 1.0
     return _Scalars(
         of_alpha=(
-            1 / jnp.where(is_zero, 1, alpha),
+            1 / jnp.where(is_zero, 1, jnp.abs(alpha)),
             jnp.where(is_zero, jnp.finfo(dtype).max, 0),
         ),
         mu_weights=_weights(b1),
         nu_weights=_weights(b2),
         bound_weights=_weights(b3),
         m_hat_weights=m_hat_weights,
-        # The same rate in two forms, for 2 on numerator and denominator cancels. A root
-        # with two uses XLA on CPU writes to memory, which takes longer than the rest.
+        # The same rate in two forms, for halves of numerator and denominator cancel. A
+        # root with two uses XLA on CPU writes to memory, which takes longer than the
+        # rest. Halves, for twice the root of a large gradient's square overflows.
         bound_rate=(alpha * numerator, scale, eps, eps_root),
-        update_rate=(2 * numerator, 4 * scale, 2 * eps, 4 * eps_root),
+        update_rate=(0.5 * numerator, 0.25 * scale, 0.5 * eps, 0.25 * eps_root),
     )
 
 
 def _weights(b: float | jax.Array) -> tuple[jax.typing.ArrayLike, ...]:
     """Weights that make :func:`_lerp` keep the smaller of ``b`` and ``1 - b`` exact."""
     if isinstance(b, float):
-        return (1.0, 1.0, 1 - b) if b >= 0.5 else (b, 0.0, 1 - b)
+        return (1.0, 0.5, 2 * (1 - b)) if b >= 0.5 else (b, 0.0, 2 * (1 - b))
     near = b >= 0.5
-    return jnp.where(near, 1, b), jnp.asarray(near, jnp.result_type(b)), 1 - b
+    return jnp.where(near, 1, b), jnp.where(near, 0.5, jnp.zeros_like(b)), 2 * (1 - b)
 
 
 def _lerp(
     average: jax.Array, x: jax.Array, weights: tuple[jax.typing.ArrayLike, ...]
 ) -> jax.Array:
-    """``average + (1 - b) * (x - average)``, or ``b * average + (1 - b) * x``."""
+    """``average + (1 - b) * (x - average)``, or ``b * average + (1 - b) * x``.
+
+    By halves, for the difference of two finite numbers may be infinite.
+    """
     of_average, offset, of_x = weights
     subtracted = average
     if not jnp.iscomplexobj(average):
         # What overflowed stays infinite: less infinity it would be NaN.
         subtracted = jnp.minimum(average, jnp.finfo(average.dtype).max)
-    return jnp.asarray(of_average * average + of_x * (x - offset * subtracted))
+    return jnp.asarray(of_average * average + of_x * (0.5 * x - offset * subtracted))
 
 
 def _debias(b: float | jax.Array, t: jax.Array) -> jax.Array:
@@ -147,8 +156,8 @@ def _rate(
 
 def _real_dtype(*values: Any) -> np.dtype:
     """The real dtype of the arithmetic on ``values``: theirs, in at least float32."""
-    dtypes = (jnp.finfo(jnp.result_type(x)).dtype for x in values)
-    return jnp.result_type(jnp.float32, *dtypes)
+    bits = max(jnp.finfo(jnp.result_type(x)).bits for x in values)
+    return np.dtype(np.float64 if bits == 64 else np.float32)
 
 
 def _zeros_like(param: Any, dtype: np.dtype) -> jax.Array:
@@ -172,7 +181,7 @@ def _mu_dtype(param: Any, mu_dtype: np.dtype | None) -> np.dtype:
     if mu_dtype is None:
         return dtype
     if jnp.issubdtype(dtype, jnp.complexfloating):
-        return jnp.result_type(mu_dtype, jnp.complex64)
+        return np.result_type(mu_dtype, np.complex64)
     return mu_dtype
 
 
@@ -322,17 +331,19 @@ def scale_by_adamod(
         _checks.same_structure(gradients, treedef, state.mu)
         averages = zip(*map(treedef.flatten_up_to, state[1:]), strict=True)
         leaves = []
-        for index, ((path, g), leaf) in enumerate(
-            zip(gradients, averages, strict=True)
-        ):
-            if g is None:
-                leaves.append((None, *leaf))
-            else:
-                _checks.gradient(path, g, leaf[0])
-                dtype = _real_dtype(g, *leaf)
-                place = count, np.uint32(index)
-                g = jnp.asarray(g)
-                leaves.append(_update_leaf(scalars(dtype), place, g, *leaf))
+        # Widening is meant here, where the user's own code may forbid it.
+        with jax.numpy_dtype_promotion("standard"):
+            for index, ((path, g), leaf) in enumerate(
+                zip(gradients, averages, strict=True)
+            ):
+                if g is None:
+                    leaves.append((None, *leaf))
+                else:
+                    _checks.gradient(path, g, leaf[0])
+                    dtype = _real_dtype(g, *leaf)
+                    place = count, np.uint32(index)
+                    g = jnp.asarray(g)
+                    leaves.append(_update_leaf(scalars(dtype), place, g, *leaf))
         updates, mu, nu, bound = (
             treedef.unflatten([leaf[i] for leaf in leaves]) for i in range(4)
         )

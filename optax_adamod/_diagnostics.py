@@ -148,10 +148,11 @@ def learning_rates(
         )
     )
     averages = zip(*map(jax.tree.leaves, state[1:]), strict=True)
-    rates = [
-        _leaf_rates(scalars(_real_dtype(mu, nu, bound)).bound_rate, nu, bound)
-        for mu, nu, bound in averages
-    ]
+    with jax.numpy_dtype_promotion("standard"):
+        rates = [
+            _leaf_rates(scalars(_real_dtype(mu, nu, bound)).bound_rate, nu, bound)
+            for mu, nu, bound in averages
+        ]
     treedef = jax.tree.structure(state.nu)
     return LearningRates(*(treedef.unflatten([r[i] for r in rates]) for i in (0, 1)))
 
@@ -175,10 +176,11 @@ def held_by_bound(rates: LearningRates) -> HeldByBound:
     .. seealso:: :func:`optax_adamod.learning_rates`.
     """
     adaptive, treedef = jax.tree.flatten(rates.adaptive)
-    leaves = [
-        _held(*pair)
-        for pair in zip(adaptive, jax.tree.leaves(rates.bounded), strict=True)
-    ]
+    with jax.numpy_dtype_promotion("standard"):
+        leaves = [
+            _held(*pair)
+            for pair in zip(adaptive, jax.tree.leaves(rates.bounded), strict=True)
+        ]
     return HeldByBound(*(treedef.unflatten([x[i] for x in leaves]) for i in (0, 1)))
 
 
@@ -260,8 +262,8 @@ def _leaf_rates(bound_rate, nu, bound):
     dtype = bound_rate[0].dtype
     v, s = nu.astype(dtype), bound.astype(dtype)
     eta = jnp.where(v > 0, _rate(v, *bound_rate), jnp.nan)
-    sign = jnp.where(bound_rate[0] < 0, -1, 1)  # of the learning rate
-    return eta, sign * jnp.minimum(sign * eta, sign * s)
+    rate = jnp.minimum(jnp.abs(eta), jnp.abs(s))
+    return eta, jnp.where(bound_rate[0] < 0, -rate, rate)
 
 
 @jax.jit

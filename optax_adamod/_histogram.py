@@ -58,7 +58,7 @@ def log10_histogram(tree: Any, bins: Sequence[float] | np.ndarray) -> Log10Histo
     edges = _checks.log10_edges(bins)
     leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree)]
     size = sum(x.size for x in leaves)
-    with counting(size) as dtype:
+    with counting(size) as dtype, jax.numpy_dtype_promotion("standard"):
         at_least = jnp.zeros(1 + len(edges), dtype)
         for x in leaves:
             at_least += _count_magnitudes(x, edges, dtype)

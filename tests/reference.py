@@ -45,7 +45,7 @@ class AdaMod:
             corrected = self.alpha(t) * np.sqrt(1 - self.b2**t) / (1 - self.b1**t)
             eta = corrected / (np.sqrt(v + self.eps_root) + self.eps)
         s = self.b3 * s + (1 - self.b3) * eta
-        rate = np.minimum(eta, s)
+        rate = np.sign(self.alpha(t)) * np.minimum(np.abs(eta), np.abs(s))
         decay = self.alpha(t) * self.weight_decay * theta
         return m, v, s, rate, -rate * self.m_hat(t, g, m) - decay
 

@@ -23,6 +23,9 @@ SCHEDULES = {
     "cosine": optax.cosine_decay_schedule(PEAK, STEPS - 1),  # ends at 0
     "warm_up": optax.linear_schedule(0.0, PEAK, STEPS // 3),  # starts at 0
     "step_drop": optax.piecewise_constant_schedule(PEAK, {STEPS // 2: 0.1}),
+    "ascent": optax.constant_schedule(-PEAK),
+    "falls_below_zero": optax.linear_schedule(PEAK, -PEAK, STEPS),
+    "rises_above_zero": optax.linear_schedule(-PEAK, PEAK, STEPS),
 }
 GRID = [
     dict(b3=b3, schedule=schedule, convention=convention)
