@@ -161,14 +161,17 @@ def _real_dtype(*values: Any) -> np.dtype:
 
 
 def _zeros_like(param: Any, dtype: np.dtype) -> jax.Array:
-    """Zeros sharded as ``param``, each shard made on its own device."""
+    """Zeros placed as ``param``: its shards, and its kind of memory."""
     if isinstance(param, jax.Array) and not isinstance(param, jax.core.Tracer):
         sharding = param.sharding
-        if (
+        default = next(iter(sharding.device_set)).default_memory().kind
+        sharded = (
             isinstance(sharding, jax.sharding.NamedSharding)
             and sharding.num_devices > 1
-        ):
-            # Outside jit, jnp.zeros_like makes them all on one device, and copies.
+        )
+        if sharded or sharding.memory_kind not in (None, default):
+            # Outside jit, jnp.zeros_like makes them all on one device, and copies; in
+            # another memory than the device's own it fails.
             zeros_like = jax.jit(
                 jnp.zeros_like, static_argnames="dtype", out_shardings=sharding
             )
@@ -284,12 +287,15 @@ def scale_by_adamod(
     """
     b1 = _checks.decay_rate("b1", b1)
     b2 = _checks.decay_rate("b2", b2)
-    b3 = _checks.decay_rate("b3", b3)
+    b3 = _checks.decay_rate_of_bound("b3", b3)
     eps = _checks.nonnegative("eps", eps)
     eps_root = _checks.nonnegative("eps_root", eps_root)
     mu_dtype = _checks.mu_dtype(mu_dtype)
     nu_dtype = _checks.rate_dtype("nu_dtype", nu_dtype)
     bound_dtype = _checks.rate_dtype("bound_dtype", bound_dtype)
+    bound_learning_rate = _checks.scalar_or_schedule(
+        "bound_learning_rate", bound_learning_rate
+    )
     paper = _checks.choice("convention", convention, ("paper", "torch")) == "paper"
     if nesterov and not paper:
         raise ValueError(
@@ -316,10 +322,9 @@ def scale_by_adamod(
         del params
         _checks.state_of_adamod(state)
         count = optax.safe_increment(state.count)
-        if callable(bound_learning_rate):
-            alpha = bound_learning_rate(state.count)
-        else:
-            alpha = bound_learning_rate
+        alpha = _checks.at_count(
+            "bound_learning_rate", bound_learning_rate, state.count
+        )
         scalars = functools.cache(
             functools.partial(
                 _scalars, count, alpha, b1, b2, b3, eps, eps_root, paper, nesterov
@@ -328,8 +333,9 @@ def scale_by_adamod(
         gradients, treedef = jax.tree_util.tree_flatten_with_path(
             updates, is_leaf=lambda x: x is None
         )
-        _checks.same_structure(gradients, treedef, state.mu)
-        averages = zip(*map(treedef.flatten_up_to, state[1:]), strict=True)
+        fields = {"mu": state.mu, "nu": state.nu, "bound": state.bound}
+        _checks.same_structure(gradients, treedef, fields)
+        averages = zip(*map(treedef.flatten_up_to, fields.values()), strict=True)
         leaves = []
         # Widening is meant here, where the user's own code may forbid it.
         with jax.numpy_dtype_promotion("standard"):
@@ -339,7 +345,7 @@ def scale_by_adamod(
                 if g is None:
                     leaves.append((None, *leaf))
                 else:
-                    _checks.gradient(path, g, leaf[0])
+                    _checks.gradient(path, g, **dict(zip(fields, leaf, strict=True)))
                     dtype = _real_dtype(g, *leaf)
                     place = count, np.uint32(index)
                     g = jnp.asarray(g)
@@ -509,6 +515,7 @@ def adamod(
     .. seealso:: :func:`optax_adamod.adamodw`, :func:`optax_adamod.scale_by_adamod`,
       :func:`optax.adam`.
     """
+    learning_rate = _checks.scalar_or_schedule("learning_rate", learning_rate)
     return optax.chain(
         scale_by_adamod(
             b1=b1,
@@ -628,6 +635,8 @@ def adamodw(
     .. seealso:: :func:`optax_adamod.adamod`, :func:`optax_adamod.scale_by_adamod`,
       :func:`optax.adamw`.
     """
+    learning_rate = _checks.scalar_or_schedule("learning_rate", learning_rate)
+    weight_decay = _checks.scalar_or_schedule("weight_decay", weight_decay)
     return optax.chain(
         scale_by_adamod(
             b1=b1,

@@ -6,33 +6,65 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
 _COMPLEX = ("complex64", "complex128")
 
 
-def decay_rate(name: str, value: jax.typing.ArrayLike) -> float | jax.Array:
+def decay_rate(name: str, value: Any) -> float | jax.Array:
     """Returns ``value`` as a Python float if it is a number, else as an array."""
-    value = _scalar(name, value)
-    if isinstance(value, float) and not 0.0 <= value < 1.0:
-        raise ValueError(f"{name} must be in [0, 1), got {value!r}.")
+    value, number = _scalar(name, value, "a number in [0, 1)")
+    if number is not None and not 0.0 <= number < 1.0:
+        raise ValueError(f"{name} must be in [0, 1), got {number!r}.")
     return value
 
 
-def nonnegative(name: str, value: jax.typing.ArrayLike) -> float | jax.Array:
-    """Returns ``value`` as a Python float if it is a number, else as an array."""
-    value = _scalar(name, value)
-    if isinstance(value, float) and not 0.0 <= value < math.inf:
-        raise ValueError(f"{name} must be in [0, inf), got {value!r}.")
+def decay_rate_of_bound(name: str, value: Any) -> float | jax.Array:
+    """As :func:`decay_rate`; refuses an ``eps`` that stands in its position."""
+    value = decay_rate(name, value)
+    number = _number(value)
+    if number is not None and 0.0 < number < 1e-3:
+        raise ValueError(
+            f"{name} must be 0, which gives Adam, or at least 1e-3, got {number!r}. By "
+            f"position {name} comes before eps: adamod(1e-3, 0.9, 0.999, 1e-8) sets "
+            f"{name}, and adamod(1e-3, 0.9, 0.999, eps=1e-8) sets eps."
+        )
     return value
 
 
-def finite(name: str, value: jax.typing.ArrayLike) -> float | jax.Array:
+def nonnegative(name: str, value: Any) -> float | jax.Array:
     """Returns ``value`` as a Python float if it is a number, else as an array."""
-    value = _scalar(name, value)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value!r}.")
+    value, number = _scalar(name, value, "a number in [0, inf)")
+    if number is not None and not 0.0 <= number < math.inf:
+        raise ValueError(f"{name} must be in [0, inf), got {number!r}.")
     return value
+
+
+def scalar_or_schedule(name: str, value: Any) -> float | jax.Array | optax.Schedule:
+    """Returns a finite scalar, as :func:`nonnegative` does, or the schedule."""
+    if callable(value) and not hasattr(value, "__jax_array__"):
+        return value
+    accepted = "a finite number, or a schedule from the step count to one"
+    value, number = _scalar(name, value, accepted, precise=False)
+    if number is not None and not math.isfinite(number):
+        raise ValueError(f"{name} must be {accepted}, got {number!r}.")
+    return value
+
+
+def at_count(
+    name: str, value: float | jax.Array | optax.Schedule, count: jax.Array
+) -> float | jax.Array:
+    """Returns a learning rate, or what a schedule makes of ``count``."""
+    if not callable(value):
+        return value
+    scheduled = value(count)
+    if jnp.ndim(scheduled) or not _is_real(jnp.result_type(scheduled)):
+        raise ValueError(
+            f"the schedule given as {name} must return a real scalar, got "
+            f"{jnp.result_type(scheduled)} of shape {jnp.shape(scheduled)}."
+        )
+    return scheduled
 
 
 def choice(name: str, value: str, accepted: tuple[str, ...]) -> str:
@@ -64,13 +96,21 @@ def rate_dtype(name: str, dtype: Any) -> np.dtype | None:
 def parameters(params: Any) -> None:
     """Refuses parameter leaves that have no moments."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        dtype = jnp.result_type(leaf)
-        if str(dtype) not in (*_FLOATS, *_COMPLEX):
+        name = f"the parameter at params{jax.tree_util.keystr(path)}"
+        accepted = ", ".join((*_FLOATS, *_COMPLEX))
+        way_out = (
+            "Leave such parameters out with optax.masked, or give them a "
+            "transformation of their own with optax.partition."
+        )
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, (int, float, complex)):
             raise TypeError(
-                f"the parameter at params{jax.tree_util.keystr(path)} has dtype "
-                f"{dtype}; AdaMod updates {', '.join((*_FLOATS, *_COMPLEX))}. Leave "
-                "such parameters out with optax.masked, or give them a transformation "
-                "of their own with optax.partition."
+                f"{name} is {_brief(leaf)}, of type {type(leaf).__name__}; AdaMod "
+                f"updates arrays of {accepted}. {way_out}"
+            )
+        if (dtype := jnp.result_type(leaf)).name not in (*_FLOATS, *_COMPLEX):
+            raise TypeError(
+                f"{name} has dtype {dtype}; AdaMod updates arrays of {accepted}. "
+                f"{way_out}"
             )
 
 
@@ -80,44 +120,71 @@ def state_of_adamod(state: Any) -> None:
         raise TypeError(
             "the state must be a ScaleByAdamodState, with count, mu, nu and bound, got "
             f"{type(state).__name__}. That of optax.adam lacks the bound: carry its "
-            "averages over to a fresh state, with optax.tree.set."
+            "averages over to a fresh state."
+        )
+    if jnp.ndim(state.count):
+        raise ValueError(
+            f"the state is a stack of {jnp.shape(state.count)} states: update it "
+            "under jax.vmap, as it was made."
         )
 
 
-def same_structure(gradients: list[tuple[Any, Any]], treedef: Any, state: Any) -> None:
+def same_structure(
+    gradients: list[tuple[Any, Any]], treedef: Any, averages: dict[str, Any]
+) -> None:
     """Refuses updates, flattened with their paths, of another tree than the state's."""
-    try:
-        entries = treedef.flatten_up_to(state)
-    except ValueError as error:
-        problem = str(error)
-    else:
-        problem = None
-        for (path, g), entry in zip(gradients, entries, strict=True):
-            # None is a missing gradient, but not as the whole tree.
-            missing = g is None and (bool(path) or entry is None)
-            if not missing and not jax.tree_util.all_leaves([entry]):
-                problem = f"updates{jax.tree_util.keystr(path)} is one array"
-    if problem is not None:
-        raise ValueError(
-            f"the updates and the state differ in structure: {problem}\n"
-            f"updates: {treedef}\nstate: {jax.tree.structure(state)}"
-        )
+    for field, average in averages.items():
+        try:
+            entries = treedef.flatten_up_to(average)
+        except ValueError as error:
+            problem = str(error)
+        else:
+            problem = None
+            for (path, g), entry in zip(gradients, entries, strict=True):
+                # None is a missing gradient, but not as the whole tree.
+                missing = g is None and (bool(path) or entry is None)
+                if not missing and not jax.tree_util.all_leaves([entry]):
+                    problem = f"updates{jax.tree_util.keystr(path)} is one array"
+        if problem is not None:
+            raise ValueError(
+                f"the updates and the state's {field} differ in structure: {problem}\n"
+                f"updates: {treedef}\n{field}: {jax.tree.structure(average)}"
+            )
 
 
-def gradient(path: Any, g: Any, mu: jax.Array) -> None:
+def gradient(path: Any, g: Any, **averages: jax.Array) -> None:
     """Refuses a gradient that would broadcast against its state, or lose a part."""
-    name = f"the update at updates{jax.tree_util.keystr(path)}"
-    if jnp.shape(g) != mu.shape:
-        raise ValueError(
-            f"{name} has shape {jnp.shape(g)}, but the state was initialised for a "
-            f"parameter of shape {mu.shape}."
-        )
-    accepted = _COMPLEX if jnp.iscomplexobj(mu) else _FLOATS
+    where = jax.tree_util.keystr(path)
+    for field, average in averages.items():
+        if jnp.shape(g) != jnp.shape(average):
+            raise ValueError(
+                f"the update at updates{where} has shape {jnp.shape(g)}, but the "
+                f"state's {field} there was initialised for a parameter of shape "
+                f"{jnp.shape(average)}."
+            )
+    accepted = _COMPLEX if jnp.iscomplexobj(averages["mu"]) else _FLOATS
     if jnp.result_type(g).name not in accepted:
         raise TypeError(
-            f"{name} has dtype {jnp.result_type(g)}, but its parameter takes "
-            f"{', '.join(accepted)}."
+            f"the update at updates{where} has dtype {jnp.result_type(g)}, but its "
+            f"parameter takes {', '.join(accepted)}."
         )
+
+
+def same_shapes(adaptive: Any, bounded: Any) -> None:
+    """Refuses learning rates, with the bound and without, that differ in shape."""
+    if jax.tree.structure(adaptive) != jax.tree.structure(bounded):
+        raise ValueError(
+            "rates.adaptive and rates.bounded differ in structure:\n"
+            f"{jax.tree.structure(adaptive)}\n{jax.tree.structure(bounded)}"
+        )
+    leaves = jax.tree_util.tree_leaves_with_path(adaptive)
+    for (path, x), y in zip(leaves, jax.tree.leaves(bounded), strict=True):
+        if jnp.shape(x) != jnp.shape(y):
+            where = jax.tree_util.keystr(path)
+            raise ValueError(
+                f"rates.adaptive{where} has shape {jnp.shape(x)}, and "
+                f"rates.bounded{where} {jnp.shape(y)}."
+            )
 
 
 def log10_edges(bins: Any) -> tuple[float, ...]:
@@ -133,22 +200,58 @@ def log10_edges(bins: Any) -> tuple[float, ...]:
     return tuple((10.0**powers).tolist())
 
 
-def _scalar(name: str, value: Any) -> float | jax.Array:
-    if isinstance(value, np.ndarray) and value.ndim == 0:
-        value = value.item()
-    if isinstance(value, int | float | np.integer | np.floating):
-        return float(value)
-    value = jnp.asarray(value)
-    if value.ndim:
-        raise ValueError(f"{name} must be a scalar, got an array of {value.shape}.")
-    if jnp.issubdtype(value.dtype, jnp.floating) and jnp.finfo(value.dtype).bits < 32:
+def _scalar(
+    name: str, value: Any, accepted: str, *, precise: bool = True
+) -> tuple[float | jax.Array, float | None]:
+    """Returns a float, or an array, and its value where that is known already."""
+    if callable(value) and not hasattr(value, "__jax_array__"):
         raise TypeError(
-            f"{name} was given as an array of {value.dtype}, which is too coarse: "
+            f"{name} must be {accepted}, got the function {value!r}. To schedule it, "
+            f"use optax.inject_hyperparams(adamod)(..., {name}=schedule)."
+        )
+    if not isinstance(value, (int, float, complex, np.generic, np.ndarray, jax.Array)):
+        if not hasattr(value, "__jax_array__"):
+            given = f"{_brief(value)}, of type {type(value).__name__}"
+            hint = ""
+            if not jax.tree_util.all_leaves([value]):
+                hint = " If these are the parameters, init and update take them."
+            raise TypeError(f"{name} must be {accepted}, got {given}.{hint}")
+        value = jnp.asarray(value)  # such as a variable of Flax
+    dtype = jnp.result_type(value)
+    if not _is_real(dtype):
+        raise TypeError(f"{name} must be {accepted}, got {value}, of dtype {dtype}.")
+    if jnp.ndim(value):
+        raise ValueError(
+            f"{name} must be {accepted}, got an array of shape {jnp.shape(value)}."
+        )
+    half = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+    if precise and half and not isinstance(value, float):
+        raise TypeError(
+            f"{name} was given as an array of {dtype}, which is too coarse: "
             "0.999 is 1 in bfloat16, and 1e-8 is 0 in float16. Give a Python float, or "
             "an array of at least float32. Under optax.inject_hyperparams with "
             "half-precision parameters, pass hyperparam_dtype=jnp.float32."
         )
-    return value
+    number = _number(value)
+    return value if isinstance(value, jax.Array) else float(value), number
+
+
+def _number(value: Any) -> float | None:
+    """The number that ``value`` is, unless only a running program knows it."""
+    if isinstance(value, jax.core.Tracer):
+        return None
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        return None
+    return float(value)
+
+
+def _is_real(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _dtype(

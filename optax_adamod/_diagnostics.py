@@ -14,6 +14,7 @@ from optax_adamod._adamod import ScaleByAdamodState, _rate, _real_dtype, _scalar
 
 _INJECTED = optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState
 _CHECKS = {
+    "learning_rate": _checks.scalar_or_schedule,
     "b1": _checks.decay_rate,
     "b2": _checks.decay_rate,
     "eps": _checks.nonnegative,
@@ -136,12 +137,7 @@ def learning_rates(
             f"opt_state is a stack of {jnp.shape(count)} states: use "
             "jax.vmap(learning_rates)."
         )
-    if callable(alpha):
-        alpha = alpha(jnp.maximum(count - 1, 0))
-    if jnp.ndim(alpha):
-        raise ValueError(
-            f"learning_rate must be a scalar, got an array of {jnp.shape(alpha)}."
-        )
+    alpha = _checks.at_count("learning_rate", alpha, jnp.maximum(count - 1, 0))
     scalars = functools.cache(
         lambda dtype: _scalars(
             count, alpha, b3=0.0, **settings, paper=paper, nesterov=False, dtype=dtype
@@ -175,6 +171,12 @@ def held_by_bound(rates: LearningRates) -> HeldByBound:
 
     .. seealso:: :func:`optax_adamod.learning_rates`.
     """
+    if not isinstance(rates, LearningRates):
+        raise TypeError(
+            "rates must be the LearningRates that learning_rates(opt_state, ...) "
+            f"returns, got {type(rates).__name__}."
+        )
+    _checks.same_shapes(*rates)
     adaptive, treedef = jax.tree.flatten(rates.adaptive)
     with jax.numpy_dtype_promotion("standard"):
         leaves = [
@@ -249,11 +251,6 @@ def _settings(hyperparams: dict[str, Any], **given: Any) -> dict[str, Any]:
             (given[name],) = jax.tree.leaves(hyperparams[name])
     for name, check in _CHECKS.items():
         given[name] = check(name, given[name])
-    alpha = given["learning_rate"]
-    if hasattr(alpha, "__jax_array__"):  # a variable of Flax, which is callable
-        given["learning_rate"] = jnp.asarray(alpha)
-    elif not (callable(alpha) or isinstance(alpha, jax.Array)):
-        _checks.finite("learning_rate", alpha)
     return given
 
 

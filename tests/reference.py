@@ -35,7 +35,7 @@ class AdaMod:
     convention: str = "paper"
 
     def step(self, t, g, m, v, s, theta):
-        """Returns m_t, v_t, s_t, the rate min(eta_t, s_t) and theta_t - theta_{t-1}."""
+        """Returns m_t, v_t, eta_t, s_t and theta_t - theta_{t-1}."""
         m = self.b1 * m + (1 - self.b1) * g
         v = self.b2 * v + (1 - self.b2) * np.abs(g) ** 2
         if self.convention == "paper":
@@ -45,9 +45,11 @@ class AdaMod:
             corrected = self.alpha(t) * np.sqrt(1 - self.b2**t) / (1 - self.b1**t)
             eta = corrected / (np.sqrt(v + self.eps_root) + self.eps)
         s = self.b3 * s + (1 - self.b3) * eta
-        rate = np.sign(self.alpha(t)) * np.minimum(np.abs(eta), np.abs(s))
         decay = self.alpha(t) * self.weight_decay * theta
-        return m, v, s, rate, -rate * self.m_hat(t, g, m) - decay
+        return m, v, eta, s, -self.rate(t, eta, s) * self.m_hat(t, g, m) - decay
+
+    def rate(self, t, eta, s):
+        return np.sign(self.alpha(t)) * np.minimum(np.abs(eta), np.abs(s))
 
     def m_hat(self, t, g, m):
         if self.convention == "torch":
@@ -60,21 +62,24 @@ class AdaMod:
     def trajectory(self, gradients, theta=0.0):
         """Runs all gradients, shape (steps, ...); returns stacked results.
 
-        ``scale`` is the natural size of an update, min(eta_t, s_t) times the average
-        of |g|: an update itself may cancel to nothing, this does not.
+        ``update_size`` and ``bound_size`` are what u_t and s_t would be if nothing in
+        their averages cancelled, as |g| and |eta| do not.
         """
         wide = np.complex128 if np.iscomplexobj(gradients) else np.float64
         gradients = np.asarray(gradients, wide)
         m = np.zeros_like(gradients[0])
-        v, s, size = (np.zeros_like(m, np.float64) for _ in range(3))
+        v, s, m_size, s_size = (np.zeros_like(m, np.float64) for _ in range(4))
         theta = m + theta
-        out = {"mu": [], "nu": [], "bound": [], "theta": [], "update": [], "scale": []}
+        names = "mu", "nu", "bound", "theta", "update", "bound_size", "update_size"
+        out = {name: [] for name in names}
         for t, g in enumerate(gradients, start=1):
-            m, v, s, rate, update = self.step(t, g, m, v, s, theta)
+            m, v, eta, s, update = self.step(t, g, m, v, s, theta)
             theta = theta + update
-            size = self.b1 * size + (1 - self.b1) * np.abs(g)
-            scale = rate * self.m_hat(t, np.abs(g), size)
-            row = (m, v, s, theta, update, scale)
+            m_size = self.b1 * m_size + (1 - self.b1) * np.abs(g)
+            s_size = self.b3 * s_size + (1 - self.b3) * np.abs(eta)
+            rate_size = np.minimum(np.abs(eta), s_size)
+            update_size = rate_size * self.m_hat(t, np.abs(g), m_size)
+            row = (m, v, s, theta, update, s_size, update_size)
             for values, value in zip(out.values(), row, strict=True):
                 values.append(value)
         return {name: np.stack(values) for name, values in out.items()}

@@ -1,6 +1,5 @@
 """Are the learning rates those that the update used, wherever the state is?"""
 
-import dataclasses
 import inspect
 import re
 
@@ -12,6 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
+from close import assert_few_units_apart
 from optax_adamod import (
     LearningRates,
     adamod,
@@ -45,13 +45,11 @@ def reference_rates(gradients, **settings):
     """Both rates of all steps, NaN before a coordinate's first gradient."""
     adaptive, bounded = [], []
     optimizer = AdaMod(**settings)
-    adam = dataclasses.replace(optimizer, b3=0.0)
     m, v, s, none = (np.zeros(gradients.shape[1:]) for _ in range(4))
     for t, g in enumerate(gradients, start=1):
-        adaptive.append(adam.step(t, g, m, v, none, none)[3])
-        m, v, s, rate, _ = optimizer.step(t, g, m, v, s, none)
-        bounded.append(rate)
-        adaptive[-1][v == 0] = bounded[-1][v == 0] = np.nan
+        m, v, eta, s, _ = optimizer.step(t, g, m, v, s, none)
+        adaptive.append(np.where(v == 0, np.nan, eta))
+        bounded.append(np.where(v == 0, np.nan, optimizer.rate(t, eta, s)))
     return LearningRates(np.stack(adaptive), np.stack(bounded))
 
 
@@ -63,6 +61,7 @@ def reference_rates(gradients, **settings):
         ("cosine", dict(b3=0.99)),
         ("warm_up", dict(b3=0.9, b1=0.8, b2=0.98, eps=1e-4, eps_root=1e-3)),
         ("step_drop", dict(b3=0.0)),
+        ("falls_below_zero", dict(b3=0.9)),
     ],
     ids=str,
 )
@@ -86,11 +85,13 @@ def test_rates_of_the_reference(schedule, settings, convention, dtype, x64):
     assert asleep.sum(axis=0).tolist() == [0] * 5 + [STEPS, 0, STEPS // 2, 0]
     for ours, theirs in zip(actual, expected, strict=True):
         assert ours.dtype == np.finfo(dtype).dtype
-        chex.assert_trees_all_close(
-            np.asarray(ours, np.float64),
-            theirs,
-            rtol=2e-6 if dtype == np.float32 else 1e-12,
-        )
+        rtol = 2e-6 if dtype == np.float32 else 1e-12
+        atol = 0.0
+        if schedule == "falls_below_zero":  # a bound that does cancels on its way
+            atol = rtol * np.nanmax(np.abs(theirs), axis=0, initial=0.0)
+        error = np.abs(np.asarray(ours, np.float64) - theirs)
+        assert np.array_equal(np.isnan(ours), np.isnan(theirs))
+        assert np.all((error <= atol + rtol * np.abs(theirs)) | np.isnan(theirs))
 
 
 @pytest.mark.parametrize("steps", [1, 4, 30])
@@ -152,9 +153,9 @@ WRAPPED = {
 @pytest.mark.parametrize("wrapper", WRAPPED)
 def test_state_is_found(wrapper):
     _, state = follow(WRAPPED[wrapper](adamod(0.1)))
-    chex.assert_trees_all_equal(learning_rates(state, 0.1), rates_of_adamod())
+    assert_few_units_apart(learning_rates(state, 0.1), rates_of_adamod())
     _, state = follow(WRAPPED[wrapper](adamodw(0.1)))
-    chex.assert_trees_all_equal(learning_rates(state, 0.1), rates_of_adamod())
+    assert_few_units_apart(learning_rates(state, 0.1), rates_of_adamod())
 
 
 def test_state_is_found_in_lookahead():
@@ -162,7 +163,7 @@ def test_state_is_found_in_lookahead():
     _, state = follow(
         optax.lookahead(adamod(0.1), 2, 0.5), params=params, gradients=GRADIENTS
     )
-    chex.assert_trees_all_equal(learning_rates(state, 0.1), rates_of_adamod())
+    assert_few_units_apart(learning_rates(state, 0.1), rates_of_adamod())
 
 
 @pytest.mark.parametrize("inject", [False, True])
@@ -205,13 +206,13 @@ def test_leaves_of_others_stay_out():
     rates = learning_rates(state, 0.1)
     for tree, expected in zip(rates, rates_of_adamod(), strict=True):
         assert tree["b"] == optax.MaskedNode()
-        chex.assert_trees_all_equal(tree["w"], expected["w"])
+        assert_few_units_apart(tree["w"], expected["w"])
     _, state = follow(
         adamod(0.1), params={"a": None, **PARAMS}, gradients={"a": None, **GRADIENTS}
     )
     rates = learning_rates(state, 0.1)
     assert rates.adaptive["a"] is None
-    chex.assert_trees_all_equal(rates.bounded["w"], rates_of_adamod().bounded["w"])
+    assert_few_units_apart(rates.bounded["w"], rates_of_adamod().bounded["w"])
     assert learning_rates(adamod(0.1).init({})) == ({}, {})
 
 
@@ -330,7 +331,7 @@ def test_several_states_or_none():
     assert len(paths) == 2
     one = eval(paths[0], {"opt_state": state})  # what the message says to pass
     rates = learning_rates(one, 0.1)
-    chex.assert_trees_all_equal(rates.bounded["w"], rates_of_adamod().bounded["w"])
+    assert_few_units_apart(rates.bounded["w"], rates_of_adamod().bounded["w"])
 
     _, state = follow(optax.chain(optax.clip(1.0), optax.adam(0.1)))
     with pytest.raises(ValueError, match=r"no ScaleByAdamodState.*ScaleByAdamState"):
@@ -356,27 +357,6 @@ def test_a_stack_of_states():
     chex.assert_shape(
         jax.vmap(lambda x: log10_histogram(x, [-1, 0, 1]).counts)(rates.bounded), (4, 2)
     )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        (dict(learning_rate=-np.inf), ValueError, "must be finite, got -inf"),
-        (dict(learning_rate=np.nan), ValueError, "learning_rate must be finite, got n"),
-        (dict(learning_rate=jnp.ones(2)), ValueError, r"must be a scalar.*\(2,\)"),
-        (dict(learning_rate=lambda _: jnp.ones(2)), ValueError, r"a scalar.*\(2,\)"),
-        (dict(b1=1.0), ValueError, r"b1 must be in \[0, 1\), got 1.0"),
-        (dict(b2=-0.1), ValueError, r"b2 must be in \[0, 1\), got -0.1"),
-        (dict(eps=-1e-8), ValueError, r"eps must be in \[0, inf\), got -1e-08"),
-        (dict(eps_root=np.inf), ValueError, r"eps_root must be in .*got inf"),
-        (dict(b2=jnp.bfloat16(0.9)), TypeError, "b2 was given as an array of bfloat16"),
-        (dict(convention="tf"), ValueError, "'paper', 'torch', got 'tf'"),
-    ],
-)
-def test_nonsense_is_refused(arguments, error, message):
-    _, state = follow(adamod(0.1))
-    with pytest.raises(error, match=message):
-        learning_rates(state, **arguments)
 
 
 def test_defaults_are_those_of_the_optimizer():

@@ -34,6 +34,7 @@ def gradient_trees(draw, dtypes=DTYPES, exponents=EXPONENTS):
 
     def gradient(spec):
         shape, dtype, exponent = spec
+
         def values():
             signs = rng.choice([-1.0, 0.0, 1.0], shape)
             values = signs * 10.0 ** (exponent + rng.uniform(-2, 0, shape))

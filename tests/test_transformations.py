@@ -78,7 +78,7 @@ def test_gradient_of_training(argument, convention, x64):
 
 @pytest.mark.parametrize("argument", ["learning_rate", "b1", "b2"])
 def test_gradient_of_training_where_a_hyperparameter_is_zero(argument):
-    """Learning rates and decay rates may be learned from zero on."""
+    """It exists, and is Adam's; with a bound, see test_limits.py."""
 
     def trained(make, x):
         tx = make(**{"learning_rate": 0.1, "eps_root": 1e-8, argument: x})
