@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 import tyro
 
-from optax_adamod import _rounding, adamod
+from optax_adamod import _storage, adamod
 from stdlib_text import load_text
 from warmup_free_transformer import (
     B2,

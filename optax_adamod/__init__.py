@@ -6,6 +6,8 @@ from optax_adamod._adamod import ScaleByAdamodState as ScaleByAdamodState
 from optax_adamod._adamod import adamod as adamod
 from optax_adamod._adamod import adamodw as adamodw
 from optax_adamod._adamod import scale_by_adamod as scale_by_adamod
+from optax_adamod._conversions import from_adam as from_adam
+from optax_adamod._conversions import from_torch as from_torch
 from optax_adamod._diagnostics import HeldByBound as HeldByBound
 from optax_adamod._diagnostics import LearningRates as LearningRates
 from optax_adamod._diagnostics import held_by_bound as held_by_bound

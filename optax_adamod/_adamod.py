@@ -8,7 +8,7 @@ and Xu Sun.
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.core
@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_adamod import _checks, _rounding
+from optax_adamod import _checks, _storage
+
+Convention = Literal["paper", "torch"]
 
 
 class ScaleByAdamodState(NamedTuple):
@@ -29,112 +31,205 @@ class ScaleByAdamodState(NamedTuple):
     bound: optax.Updates  #: like nu, or bound_dtype; in units of the learning rate.
 
 
-class _Scalars(NamedTuple):
-    """What the leaves of one dtype have in common in a step."""
-
-    of_alpha: tuple[jax.Array, jax.Array]  # |s / learning rate|: weight of |s|, offset
-    mu_weights: tuple[jax.typing.ArrayLike, ...]  # of _lerp
-    nu_weights: tuple[jax.typing.ArrayLike, ...]
-    bound_weights: tuple[jax.typing.ArrayLike, ...]
-    m_hat_weights: tuple[jax.typing.ArrayLike, jax.Array | None]  # of m and g
-    bound_rate: tuple[jax.typing.ArrayLike, ...]  # of _rate, for eta
-    update_rate: tuple[jax.typing.ArrayLike, ...]  # for eta / learning rate
-
-
 # A function of its own, so that leaves of one shape and dtype are traced once.
 @jax.jit
-def _update_leaf(scalars, place, g, mu, nu, bound):
-    """The equations, for one leaf; returns the update and the new averages."""
-    per_alpha, unbounded = scalars.of_alpha
-    dtype = per_alpha.dtype
-    wide = g.astype(jnp.result_type(g, dtype))
-    mu_bits, nu_bits, bound_bits = None, None, None
-    if jnp.bfloat16 in (mu.dtype, nu.dtype, bound.dtype):
-        mu_bits, nu_bits, bound_bits = _rounding.random_bits(g.shape, *place)
+def _update_leaf(step, place, g, mu, nu, bound):
+    """Algorithm 1 for one leaf; returns the update per unit of learning rate."""
+    dtype = g.dtype
+    g = g.astype(jnp.result_type(g, step.dtype))
+    g2 = jnp.real(jnp.conj(g) * g)
+    mu_bits, nu_bits, bound_bits = _storage.bits_for((mu, nu, bound), *place)
 
-    m = _lerp(mu.astype(wide.dtype), wide, scalars.mu_weights)
-    mu = _rounding.store(m, mu.dtype, mu_bits)
-    v = _lerp(nu.astype(dtype), jnp.real(jnp.conj(wide) * wide), scalars.nu_weights)
-    nu = _rounding.store(v, nu.dtype, nu_bits)
-    # From here on the averages are as stored, so that the state alone says which rates
-    # the update used.
-    m, v = mu.astype(wide.dtype), nu.astype(dtype)
-    eta = _rate(v, *scalars.bound_rate)
-    s = _lerp(bound.astype(dtype), eta, scalars.bound_weights)
-    bound = _rounding.store(s, bound.dtype, bound_bits)
-    s = bound.astype(dtype)
-    # The bound acts on magnitudes: where the learning rate is negative, so are both.
-    s_per_alpha = jnp.abs(s) * per_alpha + unbounded
-    rate = jnp.minimum(_rate(v, *scalars.update_rate), s_per_alpha)
-    of_m, of_g = scalars.m_hat_weights
-    # The rate first: where a square overflows it is 0, and m_hat may be infinite.
-    update = (rate * of_m).astype(wide.dtype) * m
-    if of_g is not None:
-        update += (rate * of_g).astype(wide.dtype) * wide
-    return update.astype(g.dtype), mu, nu, bound
+    mu, m = _advance(step.average_g, mu, g, mu_bits)
+    nu, v = _advance(step.average_g2, nu, g2, nu_bits)
+    eta = step.eta(v)
+    bound, s = _advance(step.average_eta, bound, eta, bound_bits)
+    rate = jnp.minimum(step.eta_per_alpha(v), step.s_per_alpha(s))
+    update = step.m_hat(m, g, times=rate)
+    return update.astype(dtype), mu, nu, bound
 
 
-def _scalars(
-    count, alpha, b1, b2, b3, eps, eps_root, paper, nesterov, dtype
-) -> _Scalars:
-    b1, b2, b3, eps, eps_root = (
-        x if isinstance(x, float) else jnp.asarray(x, dtype)
-        for x in (b1, b2, b3, eps, eps_root)
-    )
-    alpha = jnp.asarray(alpha, dtype)
-    # At alpha = 0, by which the chain scales, nothing bounds: the update is Adam's.
-    is_zero = jnp.abs(alpha) < jnp.finfo(dtype).tiny
-    t, next_t = (jnp.asarray(x, dtype) for x in (count, optax.safe_increment(count)))
-    debias1, debias2 = _debias(b1, t), _debias(b2, t)
-    if nesterov:
-        m_hat_weights = b1 * _debias(b1, next_t), (1 - b1) * debias1
-    else:
-        m_hat_weights = debias1 if paper else 1.0, None
-    if paper:
-        numerator, scale = 1.0, debias2
-    else:
-        numerator, scale = debias1 * jax.lax.rsqrt(debias2), 1.0
-    return _Scalars(
-        of_alpha=(
-            1 / jnp.where(is_zero, 1, jnp.abs(alpha)),
-            jnp.where(is_zero, jnp.finfo(dtype).max, 0),
-        ),
-        mu_weights=_weights(b1),
-        nu_weights=_weights(b2),
-        bound_weights=_weights(b3),
-        m_hat_weights=m_hat_weights,
-        # The same rate in two forms, for halves of numerator and denominator cancel. A
-        # root with two uses XLA on CPU writes to memory, which takes longer than the
-        # rest. Halves, for twice the root of a large gradient's square overflows.
-        bound_rate=(alpha * numerator, scale, eps, eps_root),
-        update_rate=(0.5 * numerator, 0.25 * scale, 0.5 * eps, 0.25 * eps_root),
-    )
+def _advance(average, stored, new, bits):
+    """Moves an average towards ``new``; returns it as stored, and as that says.
 
-
-def _weights(b: float | jax.Array) -> tuple[jax.typing.ArrayLike, ...]:
-    """Weights that make :func:`_lerp` keep the smaller of ``b`` and ``1 - b`` exact."""
-    if isinstance(b, float):
-        return (1.0, 0.5, 2 * (1 - b)) if b >= 0.5 else (b, 0.0, 2 * (1 - b))
-    near = b >= 0.5
-    return jnp.where(near, 1, b), jnp.where(near, 0.5, jnp.zeros_like(b)), 2 * (1 - b)
-
-
-def _lerp(
-    average: jax.Array, x: jax.Array, weights: tuple[jax.typing.ArrayLike, ...]
-) -> jax.Array:
-    """``average + (1 - b) * (x - average)``, or ``b * average + (1 - b) * x``.
-
-    By halves, for the difference of two finite numbers may be infinite.
+    The update uses what is stored, so that the state alone says which rates it used.
     """
-    of_average, offset, of_x = weights
-    subtracted = average
-    if not jnp.iscomplexobj(average):
-        # What overflowed stays infinite: less infinity it would be NaN.
-        subtracted = jnp.minimum(average, jnp.finfo(average.dtype).max)
-    return jnp.asarray(of_average * average + of_x * (0.5 * x - offset * subtracted))
+    moved = average(_storage.load(stored, new.dtype), new)
+    stored = _storage.store(moved, stored, bits)
+    return stored, _storage.load(stored, new.dtype)
 
 
-def _debias(b: float | jax.Array, t: jax.Array) -> jax.Array:
+class _Average(NamedTuple):
+    """``b * old + (1 - b) * new``, exact in the smaller of ``b`` and ``1 - b``."""
+
+    keep: jax.typing.ArrayLike  # b, and 1 where the average leans on its old value
+    lean: jax.typing.ArrayLike  # 1/2 there, else 0
+    gain: jax.typing.ArrayLike  # 2 (1 - b)
+
+    @classmethod
+    def of(cls, b: float | jax.Array) -> "_Average":
+        if isinstance(b, float):
+            return cls(*(1.0, 0.5) if b >= 0.5 else (b, 0.0), 2 * (1 - b))
+        near = b >= 0.5
+        lean = jnp.where(near, 0.5, jnp.zeros_like(b))
+        return cls(jnp.where(near, 1, b), lean, 2 * (1 - b))
+
+    def __call__(self, old: jax.Array, new: jax.Array) -> jax.Array:
+        """``old + (1 - b) * (new - old)`` for ``b >= 0.5``.
+
+        By halves, for the difference of two finite numbers may be infinite.
+        """
+        finite = old
+        if not jnp.iscomplexobj(old):
+            # What overflowed stays infinite: less infinity it would be NaN.
+            finite = jnp.minimum(old, jnp.finfo(old.dtype).max)
+        return jnp.asarray(
+            self.keep * old + self.gain * (0.5 * new - self.lean * finite)
+        )
+
+
+class _Rate(NamedTuple):
+    """The adaptive learning rate, of the average of the squared gradients."""
+
+    numerator: jax.typing.ArrayLike
+    scale: jax.typing.ArrayLike
+    eps: jax.typing.ArrayLike
+    eps_root: jax.typing.ArrayLike
+
+    def __call__(self, v: jax.Array) -> jax.Array:
+        root = jnp.sqrt(self.scale * v + self.eps_root)
+        return jnp.divide(self.numerator, root + self.eps)
+
+    def respelled(self) -> "_Rate":
+        """The same rate, by halves of numerator and denominator.
+
+        A root with two uses XLA on CPU writes to memory, which takes longer than the
+        rest of the update. It does not see that this one is the same.
+        """
+        return _Rate(
+            0.5 * self.numerator,
+            0.25 * self.scale,
+            0.5 * self.eps,
+            0.25 * self.eps_root,
+        )
+
+
+class _BoundPerAlpha(NamedTuple):
+    """The magnitude of the bound per unit of learning rate."""
+
+    factor: jax.Array  # 1 / |alpha|
+    slack: jax.Array  # 0, and the largest number where alpha is 0
+
+    @classmethod
+    def of(cls, alpha: jax.Array) -> "_BoundPerAlpha":
+        largest, tiny = (getattr(jnp.finfo(alpha.dtype), x) for x in ("max", "tiny"))
+        # At alpha = 0, by which the chain scales, nothing bounds: the update is Adam's.
+        is_zero = jnp.abs(alpha) < tiny
+        factor = 1 / jnp.where(is_zero, 1, jnp.abs(alpha))
+        return cls(factor, jnp.where(is_zero, largest, 0))
+
+    def __call__(self, s: jax.Array) -> jax.Array:
+        return jnp.abs(s) * self.factor + self.slack
+
+
+class _Momentum(NamedTuple):
+    """The bias-corrected average of the gradients, with Nesterov's look ahead."""
+
+    of_m: jax.typing.ArrayLike
+    of_g: jax.Array | None
+
+    def __call__(self, m: jax.Array, g: jax.Array, *, times: jax.Array) -> jax.Array:
+        """Where a square overflows the rate is 0, and momentum alone may be infinite.
+
+        So the rate goes first.
+        """
+        rate = times
+        update = (rate * self.of_m).astype(m.dtype) * m
+        if self.of_g is not None:
+            update += (rate * self.of_g).astype(g.dtype) * g
+        return update
+
+
+class _Step(NamedTuple):
+    """Algorithm 1 at one step, for all leaves of one dtype."""
+
+    average_g: _Average  #: m_t, of m_{t-1} and g_t
+    average_g2: _Average  #: v_t, of v_{t-1} and |g_t|^2
+    average_eta: _Average  #: s_t, of s_{t-1} and eta_t
+    eta: _Rate  #: eta_t, of v_t
+    eta_per_alpha: _Rate  #: eta_t / alpha_t, of v_t
+    s_per_alpha: _BoundPerAlpha  #: |s_t / alpha_t|, of s_t
+    m_hat: _Momentum  #: of m_t and g_t
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.s_per_alpha.factor.dtype
+
+
+class Hyperparameters(NamedTuple):
+    """What is set for a whole run, checked; numbers are Python floats."""
+
+    b1: float | jax.Array
+    b2: float | jax.Array
+    b3: float | jax.Array
+    eps: float | jax.Array
+    eps_root: float | jax.Array
+    convention: Convention
+    nesterov: bool
+
+    @classmethod
+    def checked(cls, b1, b2, b3, eps, eps_root, convention, nesterov=False):
+        _checks.choice("convention", convention, get_args(Convention))
+        if nesterov and convention != "paper":
+            raise ValueError(
+                "nesterov=True is defined for convention='paper' alone, got "
+                f"convention={convention!r}."
+            )
+        return cls(
+            _checks.decay_rate("b1", b1),
+            _checks.decay_rate("b2", b2),
+            _checks.decay_rate_of_bound("b3", b3),
+            _checks.nonnegative("eps", eps),
+            _checks.nonnegative("eps_root", eps_root),
+            convention,
+            nesterov,
+        )
+
+    def at_step(
+        self, count: jax.Array, alpha: jax.typing.ArrayLike, dtype: np.dtype
+    ) -> _Step:
+        """Returns the step that is the ``count``-th, in arithmetic of ``dtype``."""
+        b1, b2, b3, eps, eps_root = (
+            x if isinstance(x, float) else jnp.asarray(x, dtype) for x in self[:5]
+        )
+        alpha = jnp.asarray(alpha, dtype)
+        t, next_t = (
+            jnp.asarray(x, dtype) for x in (count, optax.safe_increment(count))
+        )
+        m_correction, v_correction = _bias_correction(b1, t), _bias_correction(b2, t)
+        if self.convention == "paper":
+            m_hat = _Momentum(m_correction, None)
+            eta_per_alpha = _Rate(1.0, v_correction, eps, eps_root)
+        else:  # both corrections are the rate's
+            m_hat = _Momentum(1.0, None)
+            corrections = m_correction * jax.lax.rsqrt(v_correction)
+            eta_per_alpha = _Rate(corrections, 1.0, eps, eps_root)
+        if self.nesterov:
+            m_hat = _Momentum(
+                b1 * _bias_correction(b1, next_t), (1 - b1) * m_correction
+            )
+        return _Step(
+            average_g=_Average.of(b1),
+            average_g2=_Average.of(b2),
+            average_eta=_Average.of(b3),
+            eta=eta_per_alpha._replace(numerator=alpha * eta_per_alpha.numerator),
+            eta_per_alpha=eta_per_alpha.respelled(),
+            s_per_alpha=_BoundPerAlpha.of(alpha),
+            m_hat=m_hat,
+        )
+
+
+def _bias_correction(b: float | jax.Array, t: jax.Array) -> jax.Array:
     """``1 / (1 - b**t)``, without the cancellation where ``b**t`` is near 1."""
     if isinstance(b, float):
         return -1 / jnp.expm1(t * math.log(b)) if b > 0 else jnp.ones_like(t)
@@ -144,17 +239,7 @@ def _debias(b: float | jax.Array, t: jax.Array) -> jax.Array:
     return 1 / jnp.where(near, complement, 1 - jnp.where(near, 0, b) ** t)
 
 
-def _rate(
-    v: jax.Array,
-    numerator: jax.typing.ArrayLike,
-    scale: jax.typing.ArrayLike,
-    eps: jax.typing.ArrayLike,
-    eps_root: jax.typing.ArrayLike,
-) -> jax.Array:
-    return jnp.divide(numerator, jnp.sqrt(scale * v + eps_root) + eps)
-
-
-def _real_dtype(*values: Any) -> np.dtype:
+def real_dtype(*values: Any) -> np.dtype:
     """The real dtype of the arithmetic on ``values``: theirs, in at least float32."""
     bits = max(jnp.finfo(jnp.result_type(x)).bits for x in values)
     return np.dtype(np.float64 if bits == 64 else np.float32)
@@ -194,13 +279,13 @@ def scale_by_adamod(
     b3: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
     eps_root: jax.typing.ArrayLike = 0.0,
-    mu_dtype: Any | None = None,
+    mu_dtype: jax.typing.DTypeLike | None = None,
     *,
     nesterov: bool = False,
-    nu_dtype: Any | None = None,
-    bound_dtype: Any | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
+    bound_dtype: jax.typing.DTypeLike | None = None,
     bound_learning_rate: optax.ScalarOrSchedule = 1.0,
-    convention: str = "paper",
+    convention: Convention = "paper",
 ) -> optax.GradientTransformation:
     r"""Rescale updates according to the AdaMod algorithm.
 
@@ -285,23 +370,15 @@ def scale_by_adamod(
 
     .. seealso:: :func:`optax_adamod.adamod`, :func:`optax_adamod.adamodw`.
     """
-    b1 = _checks.decay_rate("b1", b1)
-    b2 = _checks.decay_rate("b2", b2)
-    b3 = _checks.decay_rate_of_bound("b3", b3)
-    eps = _checks.nonnegative("eps", eps)
-    eps_root = _checks.nonnegative("eps_root", eps_root)
-    mu_dtype = _checks.mu_dtype(mu_dtype)
-    nu_dtype = _checks.rate_dtype("nu_dtype", nu_dtype)
-    bound_dtype = _checks.rate_dtype("bound_dtype", bound_dtype)
+    hyperparameters = Hyperparameters.checked(
+        b1, b2, b3, eps, eps_root, convention, nesterov
+    )
     bound_learning_rate = _checks.scalar_or_schedule(
         "bound_learning_rate", bound_learning_rate
     )
-    paper = _checks.choice("convention", convention, ("paper", "torch")) == "paper"
-    if nesterov and not paper:
-        raise ValueError(
-            "nesterov=True is defined for convention='paper' alone, got "
-            f"convention={convention!r}."
-        )
+    mu_dtype = _checks.mu_dtype(mu_dtype)
+    nu_dtype = _checks.rate_dtype("nu_dtype", nu_dtype)
+    bound_dtype = _checks.rate_dtype("bound_dtype", bound_dtype)
 
     def init_fn(params):
         _checks.parameters(params)
@@ -312,9 +389,9 @@ def scale_by_adamod(
         return ScaleByAdamodState(
             count=jnp.zeros([], jnp.int32),
             mu=zeros(lambda p: _mu_dtype(p, mu_dtype)),
-            nu=zeros(lambda p: _real_dtype(p) if nu_dtype is None else nu_dtype),
+            nu=zeros(lambda p: real_dtype(p) if nu_dtype is None else nu_dtype),
             bound=zeros(
-                lambda p: _real_dtype(p) if bound_dtype is None else bound_dtype
+                lambda p: real_dtype(p) if bound_dtype is None else bound_dtype
             ),
         )
 
@@ -325,31 +402,28 @@ def scale_by_adamod(
         alpha = _checks.at_count(
             "bound_learning_rate", bound_learning_rate, state.count
         )
-        scalars = functools.cache(
-            functools.partial(
-                _scalars, count, alpha, b1, b2, b3, eps, eps_root, paper, nesterov
-            )
+        step = functools.cache(
+            lambda dtype: hyperparameters.at_step(count, alpha, dtype)
         )
         gradients, treedef = jax.tree_util.tree_flatten_with_path(
             updates, is_leaf=lambda x: x is None
         )
-        fields = {"mu": state.mu, "nu": state.nu, "bound": state.bound}
-        _checks.same_structure(gradients, treedef, fields)
-        averages = zip(*map(treedef.flatten_up_to, fields.values()), strict=True)
+        averages = {"mu": state.mu, "nu": state.nu, "bound": state.bound}
+        _checks.same_structure(gradients, treedef, averages)
+        stored = zip(*map(treedef.flatten_up_to, averages.values()), strict=True)
         leaves = []
         # Widening is meant here, where the user's own code may forbid it.
         with jax.numpy_dtype_promotion("standard"):
             for index, ((path, g), leaf) in enumerate(
-                zip(gradients, averages, strict=True)
+                zip(gradients, stored, strict=True)
             ):
                 if g is None:
                     leaves.append((None, *leaf))
-                else:
-                    _checks.gradient(path, g, **dict(zip(fields, leaf, strict=True)))
-                    dtype = _real_dtype(g, *leaf)
-                    place = count, np.uint32(index)
-                    g = jnp.asarray(g)
-                    leaves.append(_update_leaf(scalars(dtype), place, g, *leaf))
+                    continue
+                _checks.gradient(path, g, **dict(zip(averages, leaf, strict=True)))
+                place = count, np.uint32(index)
+                dtype = real_dtype(g, *leaf)
+                leaves.append(_update_leaf(step(dtype), place, jnp.asarray(g), *leaf))
         updates, mu, nu, bound = (
             treedef.unflatten([leaf[i] for leaf in leaves]) for i in range(4)
         )
@@ -365,12 +439,12 @@ def adamod(
     b3: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
     eps_root: jax.typing.ArrayLike = 0.0,
-    mu_dtype: Any | None = None,
+    mu_dtype: jax.typing.DTypeLike | None = None,
     *,
     nesterov: bool = False,
-    nu_dtype: Any | None = None,
-    bound_dtype: Any | None = None,
-    convention: str = "paper",
+    nu_dtype: jax.typing.DTypeLike | None = None,
+    bound_dtype: jax.typing.DTypeLike | None = None,
+    convention: Convention = "paper",
 ) -> optax.GradientTransformationExtraArgs:
     r"""The AdaMod optimizer.
 
@@ -541,14 +615,14 @@ def adamodw(
     b3: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
     eps_root: jax.typing.ArrayLike = 0.0,
-    mu_dtype: Any | None = None,
+    mu_dtype: jax.typing.DTypeLike | None = None,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
     mask: optax.MaskOrFn = None,
     *,
     nesterov: bool = False,
-    nu_dtype: Any | None = None,
-    bound_dtype: Any | None = None,
-    convention: str = "paper",
+    nu_dtype: jax.typing.DTypeLike | None = None,
+    bound_dtype: jax.typing.DTypeLike | None = None,
+    convention: Convention = "paper",
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdaMod with decoupled weight decay.
 

@@ -119,8 +119,8 @@ def state_of_adamod(state: Any) -> None:
     if not all(hasattr(state, name) for name in ("count", "mu", "nu", "bound")):
         raise TypeError(
             "the state must be a ScaleByAdamodState, with count, mu, nu and bound, got "
-            f"{type(state).__name__}. That of optax.adam lacks the bound: carry its "
-            "averages over to a fresh state."
+            f"{type(state).__name__}. That of optax.adam lacks the bound: turn it into "
+            "this one with optax_adamod.from_adam."
         )
     if jnp.ndim(state.count):
         raise ValueError(

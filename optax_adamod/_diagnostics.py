@@ -9,17 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_adamod import _checks, _histogram
-from optax_adamod._adamod import ScaleByAdamodState, _rate, _real_dtype, _scalars
+from optax_adamod import _checks, _storage
+from optax_adamod._adamod import (
+    Convention,
+    Hyperparameters,
+    ScaleByAdamodState,
+    real_dtype,
+    scale_by_adamod,
+)
 
 _INJECTED = optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState
-_CHECKS = {
-    "learning_rate": _checks.scalar_or_schedule,
-    "b1": _checks.decay_rate,
-    "b2": _checks.decay_rate,
-    "eps": _checks.nonnegative,
-    "eps_root": _checks.nonnegative,
-}
 
 
 class LearningRates(NamedTuple):
@@ -33,18 +32,19 @@ class HeldByBound(NamedTuple):
     """What the bound does to each leaf; NaN where there is nothing to count."""
 
     share: Any  #: scalars, coordinates held, of those that have had a gradient.
-    factor: Any  #: scalars, median of eta / bound over the coordinates held.
+    factor: Any  #: scalars, geometric mean of eta / bound over the coordinates held.
 
 
 def learning_rates(
     opt_state: Any,
-    learning_rate: optax.ScalarOrSchedule = 1.0,
+    learning_rate: optax.ScalarOrSchedule | None = None,
     *,
-    b1: jax.typing.ArrayLike = 0.9,
-    b2: jax.typing.ArrayLike = 0.999,
-    eps: jax.typing.ArrayLike = 1e-8,
-    eps_root: jax.typing.ArrayLike = 0.0,
-    convention: str = "paper",
+    b1: jax.typing.ArrayLike | None = None,
+    b2: jax.typing.ArrayLike | None = None,
+    b3: jax.typing.ArrayLike | None = None,
+    eps: jax.typing.ArrayLike | None = None,
+    eps_root: jax.typing.ArrayLike | None = None,
+    convention: Convention | None = None,
 ) -> LearningRates:
     r"""Learning rates that the last step used, with the bound and without.
 
@@ -72,12 +72,16 @@ def learning_rates(
       learning_rate: What the bound averages, a scalar or the schedule itself:
         ``learning_rate`` of ``adamod`` and ``adamodw``, ``bound_learning_rate`` of
         ``scale_by_adamod``. A scalar is that of the last step; a schedule is
-        evaluated at ``count - 1``, as the last step did.
-      b1: As given to the optimizer; only ``convention='torch'`` uses it.
-      b2: As given to the optimizer.
-      eps: As given to the optimizer.
-      eps_root: As given to the optimizer.
-      convention: As given to the optimizer.
+        evaluated at ``count - 1``, as the last step did. None for the state's
+        ``bound_learning_rate``, or 1.
+      b1: As given to the optimizer; None for the state's, or the default. Only
+        ``convention='torch'`` uses it.
+      b2: As given to the optimizer; None for the state's, or the default.
+      b3: As given to the optimizer, so that one dictionary of settings serves both;
+        the state holds all that it decides.
+      eps: As given to the optimizer; None for the state's, or the default.
+      eps_root: As given to the optimizer; None for the state's, or the default.
+      convention: As given to the optimizer; None for the default.
 
     Returns:
       Two trees like the parameters, in units of ``learning_rate``, real and in at
@@ -85,9 +89,9 @@ def learning_rates(
 
     Raises:
       ValueError: If ``opt_state`` holds no AdaMod state, or several, or a stack of
-        them, as under ``vmap``; if an argument is out of its range, or is given
-        although the state holds its value; if it holds a ``learning_rate`` and none
-        is given.
+        them, as under ``vmap``; if an argument is out of its range, or differs from
+        the value that the state holds (under jit: if it is given although the state
+        holds one); if the state holds a ``learning_rate`` and none is given.
       TypeError: If an argument is an array of less than 32 bits.
 
     Examples:
@@ -114,23 +118,24 @@ def learning_rates(
       100% held by 1.54
 
     .. note::
-      Where :func:`optax.inject_hyperparams` holds ``b1``, ``b2``, ``eps``,
-      ``eps_root`` or ``bound_learning_rate``, the state's value is used, and giving
-      another one is an error. A ``learning_rate`` that it holds may be the bound's or
-      not: give ``learning_rate=opt_state.hyperparams['learning_rate']`` for
-      ``adamod`` and ``adamodw``. Given its ``inner_state`` alone, all arguments count.
-      That the arguments are the optimizer's cannot be told from other states.
+      The state of :func:`optax.inject_hyperparams` holds ``b1``, ``b2``, ``eps``,
+      ``eps_root`` and ``bound_learning_rate``, and these are used. A
+      ``learning_rate`` that it holds may be the bound's or not: give
+      ``learning_rate=opt_state.hyperparams['learning_rate']`` for ``adamod`` and
+      ``adamodw``. Other states do not hold the settings, so that wrong ones go
+      unnoticed.
 
     .. seealso:: :func:`optax_adamod.log10_histogram`,
       :func:`optax_adamod.held_by_bound`.
     """
-    paper = _checks.choice("convention", convention, ("paper", "torch")) == "paper"
-    state, hyperparams = _adamod_state(opt_state)
+    state, held = _adamod_state(opt_state)
     settings = _settings(
-        hyperparams,
-        learning_rate=learning_rate, b1=b1, b2=b2, eps=eps, eps_root=eps_root,
+        held,
+        learning_rate=learning_rate, b1=b1, b2=b2, b3=b3, eps=eps, eps_root=eps_root,
+        convention=convention,
     )  # fmt: skip
-    alpha: Any = settings.pop("learning_rate")
+    alpha = _checks.scalar_or_schedule("learning_rate", settings.pop("learning_rate"))
+    hyperparameters = Hyperparameters.checked(**settings)
     (count,) = jax.tree.leaves(state.count)
     if jnp.ndim(count):
         raise ValueError(
@@ -138,16 +143,12 @@ def learning_rates(
             "jax.vmap(learning_rates)."
         )
     alpha = _checks.at_count("learning_rate", alpha, jnp.maximum(count - 1, 0))
-    scalars = functools.cache(
-        lambda dtype: _scalars(
-            count, alpha, b3=0.0, **settings, paper=paper, nesterov=False, dtype=dtype
-        )
-    )
+    step = functools.cache(lambda dtype: hyperparameters.at_step(count, alpha, dtype))
     averages = zip(*map(jax.tree.leaves, state[1:]), strict=True)
     with jax.numpy_dtype_promotion("standard"):
         rates = [
-            _leaf_rates(scalars(_real_dtype(mu, nu, bound)).bound_rate, nu, bound)
-            for mu, nu, bound in averages
+            _leaf_rates(step(real_dtype(*leaf)).eta, leaf[1], leaf[2])
+            for leaf in averages
         ]
     treedef = jax.tree.structure(state.nu)
     return LearningRates(*(treedef.unflatten([r[i] for r in rates]) for i in (0, 1)))
@@ -157,17 +158,20 @@ def held_by_bound(rates: LearningRates) -> HeldByBound:
     r"""Share of coordinates that the bound holds, and how hard, leaf by leaf.
 
     The bound holds a coordinate where :math:`s_t < \eta_t`, by the factor
-    :math:`\eta_t / s_t`. The median takes eight passes over the rates: with 25 million
-    parameters as long as seven updates on a CPU of 2 cores (``python
-    benchmarks/diagnostics.py``). Ask for it now and then.
+    :math:`\eta_t / s_t`. Both are computed where the rates are, so that only scalars
+    leave the devices, whatever the sharding.
 
     Args:
       rates: What :func:`optax_adamod.learning_rates` returns.
 
     Returns:
       Two trees with a float32 scalar for each leaf, the share of the coordinates held
-      among those that have had a gradient, NaN if none has, and the median factor
-      over the coordinates held (the lower of two), NaN if none is.
+      among those that have had a gradient, NaN if none has, and the geometric mean of
+      the factor over the coordinates held, NaN if none is.
+
+    Raises:
+      TypeError: If ``rates`` is something else.
+      ValueError: If its two trees differ in structure or shapes.
 
     .. seealso:: :func:`optax_adamod.learning_rates`.
     """
@@ -220,73 +224,59 @@ def _adamod_state(opt_state: Any) -> tuple[ScaleByAdamodState, dict[str, Any]]:
     return state, hyperparams
 
 
-def _settings(hyperparams: dict[str, Any], **given: Any) -> dict[str, Any]:
-    """The arguments, checked, or what the state holds in their place."""
-    signature = inspect.signature(learning_rates).parameters
-    is_given = {
-        name: not isinstance(x, int | float) or x != signature[name].default
-        for name, x in given.items()
-    }
-    if "bound_learning_rate" in hyperparams:
-        hyperparams = hyperparams | {
-            "learning_rate": hyperparams["bound_learning_rate"]
-        }
-    elif "learning_rate" in hyperparams:
-        if not is_given["learning_rate"]:
+def _settings(held: dict[str, Any], **given: Any) -> dict[str, Any]:
+    """What is given, what the state holds, or the default of the optimizer."""
+    if "bound_learning_rate" in held:
+        held = held | {"learning_rate": held["bound_learning_rate"]}
+    elif "learning_rate" in held:
+        if given["learning_rate"] is None:
             raise ValueError(
                 "opt_state holds a learning_rate among its hyperparams, which may be "
                 "the bound's or not. For adamod and adamodw pass learning_rate="
                 "opt_state.hyperparams['learning_rate']; for a chain whose bound does "
                 "not have it, pass opt_state.inner_state."
             )
-        hyperparams = {k: v for k, v in hyperparams.items() if k != "learning_rate"}
-    for name in given:
-        if name in hyperparams:
-            if is_given[name]:
+        held = {k: v for k, v in held.items() if k != "learning_rate"}
+    defaults = inspect.signature(scale_by_adamod).parameters
+    settings = {}
+    for name, value in given.items():
+        if name in held and name != "b3":  # which the rates do not depend on
+            (kept,) = jax.tree.leaves(held[name])
+            if value is not None and _differ(value, kept):
                 raise ValueError(
-                    f"{name} is given as {given[name]}, but opt_state holds its own "
-                    f"among its hyperparams, {hyperparams[name]}, which is used: leave "
-                    f"{name} out, or pass opt_state.inner_state."
+                    f"{name} is given as {value}, but opt_state holds {kept} among its "
+                    f"hyperparams: leave {name} out, or pass opt_state.inner_state."
                 )
-            (given[name],) = jax.tree.leaves(hyperparams[name])
-    for name, check in _CHECKS.items():
-        given[name] = check(name, given[name])
-    return given
+            settings[name] = kept
+        elif value is not None:
+            settings[name] = value
+        else:
+            default = "bound_learning_rate" if name == "learning_rate" else name
+            settings[name] = defaults[default].default
+    return settings
+
+
+def _differ(given: Any, kept: Any) -> bool:
+    """Whether two numbers differ, or may: under jit nobody can tell."""
+    if callable(given) or any(isinstance(x, jax.core.Tracer) for x in (given, kept)):
+        return True
+    return not np.allclose(given, kept, rtol=1e-6, atol=0)
 
 
 @jax.jit
-def _leaf_rates(bound_rate, nu, bound):
-    dtype = bound_rate[0].dtype
-    v, s = nu.astype(dtype), bound.astype(dtype)
-    eta = jnp.where(v > 0, _rate(v, *bound_rate), jnp.nan)
-    rate = jnp.minimum(jnp.abs(eta), jnp.abs(s))
-    return eta, jnp.where(bound_rate[0] < 0, -rate, rate)
+def _leaf_rates(eta, nu, bound):
+    v, s = (_storage.load(x, eta.numerator.dtype) for x in (nu, bound))
+    adaptive = jnp.where(v > 0, eta(v), jnp.nan)
+    rate = jnp.minimum(jnp.abs(adaptive), jnp.abs(s))
+    return adaptive, jnp.where(eta.numerator < 0, -rate, rate)
 
 
 @jax.jit
 def _held(adaptive, bounded):
-    """Share and median factor of one leaf."""
-    with _histogram.counting(adaptive.size) as dtype:
-        held = jnp.abs(bounded) < jnp.abs(adaptive)
-        number = jnp.sum(held, dtype=dtype)
-        share = number / jnp.sum(~jnp.isnan(adaptive), dtype=dtype)
-        # Digit by digit the largest number that at most half the factors are below,
-        # so that no more than counts leave a shard, where sorting would gather the
-        # leaf. Positive numbers have the order of their bits.
-        factor = (adaptive / bounded).astype(jnp.float32)
-        bits = jax.lax.bitcast_convert_type(factor, jnp.uint32)
-        bits = jnp.where(held, bits, np.uint32(0xFFFFFFFF))
-        above_half = adaptive.size - (number - 1) // 2
-
-        def narrow(i, low):
-            shift = jnp.asarray(28 - 4 * i, jnp.uint32)
-            candidates = low | (jnp.arange(1, 16, dtype=jnp.uint32) << shift)
-            at_least = _histogram.count_at_least(bits, candidates, dtype)
-            digit = jnp.sum(at_least >= above_half, dtype=jnp.uint32)
-            return low | (digit << shift)
-
-        # Of number's type: under shard_map it varies from device to device.
-        bits = jax.lax.fori_loop(0, 8, narrow, jnp.zeros_like(number, jnp.uint32))
-        median = jax.lax.bitcast_convert_type(bits, jnp.float32)
-        median = jnp.where(number > 0, median, jnp.nan)
-        return share.astype(jnp.float32), median
+    """Share and mean factor of one leaf."""
+    adaptive, bounded = jnp.abs(adaptive), jnp.abs(bounded)
+    held = bounded < adaptive
+    number = jnp.sum(held, dtype=jnp.float32)
+    share = number / jnp.sum(~jnp.isnan(adaptive), dtype=jnp.float32)
+    log_factor = jnp.log(jnp.where(held, adaptive / bounded, 1))
+    return share, jnp.exp(jnp.sum(log_factor, dtype=jnp.float32) / number)

@@ -58,7 +58,7 @@ def log10_histogram(tree: Any, bins: Sequence[float] | np.ndarray) -> Log10Histo
     edges = _checks.log10_edges(bins)
     leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree)]
     size = sum(x.size for x in leaves)
-    with counting(size) as dtype, jax.numpy_dtype_promotion("standard"):
+    with _counting(size) as dtype, jax.numpy_dtype_promotion("standard"):
         at_least = jnp.zeros(1 + len(edges), dtype)
         for x in leaves:
             at_least += _count_magnitudes(x, edges, dtype)
@@ -72,7 +72,7 @@ def log10_histogram(tree: Any, bins: Sequence[float] | np.ndarray) -> Log10Histo
 
 
 @contextlib.contextmanager
-def counting(size: int) -> Iterator[np.dtype]:
+def _counting(size: int) -> Iterator[np.dtype]:
     """Gives a dtype that counts to ``size``, and lets JAX use it."""
     if size <= INT32_MAX:
         yield np.dtype(np.int32)
@@ -87,10 +87,10 @@ def _count_magnitudes(x, edges: tuple[float, ...], dtype: np.dtype):
     x = jnp.abs(x.astype(jnp.result_type(x, jnp.float32)))
     # XLA holds that magnitudes are at least 0, NaN or not.
     x = jnp.where(jnp.isnan(x), -1, x)
-    return count_at_least(x, np.asarray((0.0, *edges), x.dtype), dtype)
+    return _count_at_least(x, np.asarray((0.0, *edges), x.dtype), dtype)
 
 
-def count_at_least(
+def _count_at_least(
     x: jax.Array, edges: np.ndarray | jax.Array, dtype: np.dtype
 ) -> jax.Array:
     """Returns how many elements are at least each edge."""

@@ -311,6 +311,17 @@ def test_another_value_than_the_injected_one(given, jit):
         (jax.jit(rates) if jit else rates)(state)
 
 
+@pytest.mark.parametrize("inject", [False, True])
+def test_one_dictionary_of_settings_serves_optimizer_and_rates(inject):
+    settings = dict(b1=0.8, b2=0.98, b3=0.9, eps=1e-6, eps_root=1e-9)
+    factory = optax.inject_hyperparams(adamod) if inject else adamod
+    _, state = follow(factory(0.1, **settings))
+    rates = learning_rates(state, 0.1, **settings)
+    other = learning_rates(state.inner_state if inject else state, 0.1, **settings)
+    chex.assert_trees_all_close(rates, other, rtol=1e-5)
+    assert np.all(rates.bounded["w"] < rates.adaptive["w"])
+
+
 def test_injected_learning_rates_are_told_apart():
     _, state = follow(optax.inject_hyperparams(adamod)(0.1))
     with pytest.raises(ValueError, match=r"holds a learning_rate.*adamod and adamodw"):
@@ -363,10 +374,12 @@ def test_defaults_are_those_of_the_optimizer():
     ours = inspect.signature(learning_rates).parameters
     theirs = inspect.signature(scale_by_adamod).parameters
     names = list(ours)[2:]
-    assert names == ["b1", "b2", "eps", "eps_root", "convention"]
-    for name in names:
-        assert ours[name].default == theirs[name].default
-    default = theirs["bound_learning_rate"].default
-    assert ours["learning_rate"].default == default
+    assert names == ["b1", "b2", "b3", "eps", "eps_root", "convention"]
+    assert all(ours[name].default is None for name in ["learning_rate", *names])
+    defaults = {name: theirs[name].default for name in names}
+    _, state = follow(scale_by_adamod())
+    chex.assert_trees_all_equal(
+        learning_rates(state), learning_rates(state, 1.0, **defaults)
+    )
     for f in (learning_rates, log10_histogram, held_by_bound):
         assert list(documented_arguments(f)) == list(inspect.signature(f).parameters)

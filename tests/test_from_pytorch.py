@@ -18,14 +18,14 @@ import pytest
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from from_pytorch import AVERAGES, adamod_state_from_torch
-from optax_adamod import adamod, adamodw, scale_by_adamod
+from optax_adamod import adamod, adamodw, from_torch, scale_by_adamod
 from reference import RELEASE
 
 TESTS = Path(__file__).parent
 TRAJECTORIES = np.load(TESTS / "golden.npz")
 MODELS = np.load(TESTS / "golden_model.npz")
 PAGE = (TESTS.parent / "docs" / "from_pytorch.md").read_text()
+AVERAGES = ("exp_avg", "exp_avg_sq", "exp_avg_lr")
 NAMES = [str(name) for name in MODELS["names"]]
 HYPERPARAMETERS = dict(b2=0.98, b3=0.95, eps=1e-6, weight_decay=0.1, convention="torch")
 
@@ -62,19 +62,19 @@ def model_state_dict(package):
 def convert(state_dict, names=NAMES, to_tree=to_tree, state=None):
     if state is None:
         state = adamod(1e-2).init(to_tree(model_params("adamod")))
-    return adamod_state_from_torch(state_dict, names, to_tree, state)
+    return from_torch(state_dict, names, to_tree, state)
 
 
 @pytest.mark.parametrize(("name", "settings", "drop"), RELEASE)
 def test_a_trajectory_goes_on(name, settings, drop, x64):
     settings = dict(settings)
     gradients, step = TRAJECTORIES["gradients"], 20
-    rows = {key: TRAJECTORIES[f"{name}/{key}"] for key in ("theta", *AVERAGES.values())}
+    rows = {key: TRAJECTORIES[f"{name}/{key}"] for key in ("theta", *AVERAGES)}
     peak = settings.pop("peak")
     schedule = optax.piecewise_constant_schedule(peak, {len(gradients) // 2: drop})
     make = adamodw if "weight_decay" in settings else adamod
     tx = make(schedule, **settings, convention="torch")
-    stored = {key: rows[key][step - 1] for key in AVERAGES.values()}
+    stored = {key: rows[key][step - 1] for key in AVERAGES}
     params = {"theta": jnp.asarray(rows["theta"][step - 1])}
     state = convert(
         {"state": {0: {"step": step, **stored}}, "param_groups": [{"params": [0]}]},
@@ -125,7 +125,7 @@ def test_the_fresh_state_gives_dtypes_and_shardings(eight_devices):
     params = {"w": jax.device_put(np.zeros(16, np.float32), sharding)}
     fresh = adamod(1e-3, mu_dtype="bfloat16").init(params)
     values = np.linspace(1, 2, 16)
-    stored = {"step": 7, **dict.fromkeys(AVERAGES.values(), values)}
+    stored = {"step": 7, **dict.fromkeys(AVERAGES, values)}
     state_dict = {"state": {0: stored}, "param_groups": [{"params": [0]}]}
     state = convert(state_dict, ["w"], dict, fresh)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, fresh)
@@ -146,7 +146,7 @@ def test_every_count_and_nothing_else_is_set(x64):
         optax.inject_hyperparams(optax.scale)(optax.linear_schedule(1.0, 0.0, 100)),
     )
     values = np.arange(3) + 0.5
-    stored = [{"step": 9, **dict.fromkeys(AVERAGES.values(), x)} for x in values]
+    stored = [{"step": 9, **dict.fromkeys(AVERAGES, x)} for x in values]
     state_dict = {
         "state": dict(enumerate(stored)),
         "param_groups": [{"params": [0, 1]}, {"params": [2]}],
@@ -213,7 +213,7 @@ def edited(edit, package="adamod"):
         (lambda s, g: g[0].update(adam_debias=True), "adam_debias=True corrects"),
         (
             lambda s, g: s[3].update(exp_avg_sq=np.ones(4)),
-            r"exp_avg_sq of \['layers_2'\]\['bias'\]: to_tree gave shape \(4,\), and "
+            r"to_tree's exp_avg_sq at \['layers_2'\]\['bias'\] has shape \(4,\), and "
             r"the parameter has \(3,\)",
         ),
     ],
@@ -247,7 +247,9 @@ def test_a_forgotten_transpose_is_refused():
 
 def test_another_structure_is_refused():
     fresh = adamod(1e-2).init(to_tree(model_params("adamod")))
-    with pytest.raises(ValueError, match=r"gave .*'0.bias'.*parameters are .*layers_0"):
+    with pytest.raises(
+        ValueError, match=r"to_tree's .*'0.bias'.*parameters are .*layers_0"
+    ):
         convert(model_state_dict("adamod"), to_tree=dict, state=fresh)
 
 
@@ -260,7 +262,7 @@ def test_another_structure_is_refused():
 )
 def test_one_adamod_is_needed(tx, number):
     fresh = tx.init(to_tree(model_params("adamod")))
-    with pytest.raises(ValueError, match=f"one AdaMod, and holds {number}"):
+    with pytest.raises(ValueError, match=f"one ScaleByAdamodState, and holds {number}"):
         convert(model_state_dict("adamod"), state=fresh)
 
 

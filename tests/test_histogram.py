@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from close import assert_few_units_apart
 from optax_adamod import (
     LearningRates,
     ScaleByAdamodState,
@@ -197,7 +198,7 @@ def test_only_counts_leave_a_shard(spec, axis_type):
         # Every shard's counts, in all 24 numbers for each of the two rates.
         assert max(sizes, default=0) <= 8 * 2 * (len(BINS) + 1)
         actual = compiled(sharded)
-        chex.assert_trees_all_equal(jax.device_get(actual), jax.device_get(expected))
+        assert_few_units_apart(actual, expected)  # of counts, none
         for rate in learning_rates(sharded, 3.0):
             assert rate["w"].sharding.is_equivalent_to(sharded.nu["w"].sharding, 2)
 

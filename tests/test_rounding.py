@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from close import assert_equal_but_for_few_roundings
 from low_precision_state import rounded_to_nearest
-from optax_adamod import _rounding, adamod, scale_by_adamod
+from optax_adamod import _storage, adamod, scale_by_adamod
 
 BFLOAT16 = {f"{name}_dtype": "bfloat16" for name in ("mu", "nu", "bound")}
 
@@ -32,7 +32,7 @@ def test_probability_of_rounding_up_is_exact(upper):
     """Of the 2**16 random words as many round up as the lower half says."""
     for lower in (0, 1, 0x1234, 0x8000, 0xFFFF):
         x = jnp.broadcast_to(float32(upper << 16 | lower), (2**16,))
-        rounded = _rounding.stochastic_round(x, all_bits())
+        rounded = _storage.stochastic_round(x, all_bits())
         words = np.asarray(jax.lax.bitcast_convert_type(rounded, jnp.uint16), np.int64)
         assert set(words) <= {upper, upper + 1}
         assert np.sum(words - upper) == lower
@@ -48,8 +48,8 @@ def test_mean_error_is_zero(which):
     def count(lower):
         x = jnp.broadcast_to(float32(0x3F800000 | lower)[:, None], (values, samples))
         # Chance puts 1 mean in 16,000 outside; at this step, none of these.
-        bits = _rounding.random_bits((values, samples), 5, 0)[which]
-        rounded = _rounding.stochastic_round(x, bits)
+        bits = _storage.random_bits((values, samples), 5, 0)[which]
+        rounded = _storage.stochastic_round(x, bits)
         up = rounded == 1 + 2.0**-7
         return up.sum(axis=1), jnp.all(up | (rounded == 1))
 
@@ -78,7 +78,7 @@ PARTNERS = {
 def fields():
     """Standardised bits of 2 leaves, 7 steps up to 64 apart and 3 averages."""
     steps, leaves = (1, 2, 3, 5, 9, 33, 65), (0, 1)
-    bits = jax.jit(lambda count, leaf: _rounding.random_bits(SHAPE, count, leaf))
+    bits = jax.jit(lambda count, leaf: _storage.random_bits(SHAPE, count, leaf))
     words = [bits(count, leaf) for count, leaf in itertools.product(steps, leaves)]
     uniform = np.concatenate(jax.device_get(words)).astype(np.float32)
     return (uniform - (2**16 - 1) / 2) / (2**16 / np.sqrt(12))
@@ -112,7 +112,7 @@ def test_bits_are_independent(fields, partners):
 def test_bits_are_uniform(fields):
     n = fields[0].size
     assert np.abs(fields.mean(axis=(1, 2))).max() < 4 / np.sqrt(n)
-    words = _rounding.random_bits(SHAPE, 1, 0)
+    words = _storage.random_bits(SHAPE, 1, 0)
     for bit in range(16):
         for word in words:
             assert abs(np.mean(np.asarray(word) >> bit & 1) - 0.5) < 2 / np.sqrt(n)
@@ -124,7 +124,7 @@ def test_the_mean_of_a_leaf_is_as_quiet_as_that_of_independent_coordinates():
 
     def body(noise, count):
         # What rounding adds to an average, in units of the spacing.
-        up = _rounding.random_bits(shape, count, 0)[2].astype(jnp.float32) / 2**16
+        up = _storage.random_bits(shape, count, 0)[2].astype(jnp.float32) / 2**16
         noise = decay * noise + (up - 0.5)
         return noise, noise.mean()
 
@@ -170,28 +170,28 @@ def test_special_values_keep_their_meaning():
     largest = float(jnp.finfo(jnp.bfloat16).max)
     exact = [0.0, -0.0, 1.0, -2.5, largest, -largest, np.inf, -np.inf]
     for x in exact:
-        rounded = _rounding.stochastic_round(jnp.full(2**16, x), all_bits())
+        rounded = _storage.stochastic_round(jnp.full(2**16, x), all_bits())
         words = jax.lax.bitcast_convert_type(rounded, jnp.uint16)
         expected = jax.lax.bitcast_convert_type(jnp.bfloat16(x), jnp.uint16)
         assert np.all(words == expected)
     for word in (0x7F800001, 0x7FFFFFFF, 0xFF800001, 0xFFFFFFFF):
         x = jnp.broadcast_to(float32(word), (2**16,))
-        assert np.all(jnp.isnan(_rounding.stochastic_round(x, all_bits())))
+        assert np.all(jnp.isnan(_storage.stochastic_round(x, all_bits())))
     x = jnp.full(2**16, jnp.finfo(jnp.float32).max)
     for sign in (1, -1):
-        rounded = _rounding.stochastic_round(sign * x, all_bits())
+        rounded = _storage.stochastic_round(sign * x, all_bits())
         assert np.all(rounded == jnp.bfloat16(sign * largest))
 
 
 def test_bits_do_not_depend_on_how_they_are_computed():
     shape = (24, 40)
-    eager = _rounding.random_bits(shape, 5, 2)
-    jitted = jax.jit(lambda count: _rounding.random_bits(shape, count, 2))(5)
+    eager = _storage.random_bits(shape, 5, 2)
+    jitted = jax.jit(lambda count: _storage.random_bits(shape, count, 2))(5)
     chex.assert_trees_all_equal(jitted, eager)
     assert jax.device_count() == 8 or jax.default_backend() != "cpu"
     mesh = jax.make_mesh((jax.device_count(),), ("x",), axis_types=(AxisType.Auto,))
     sharded = jax.jit(
-        lambda count: _rounding.random_bits(shape, count, 2),
+        lambda count: _storage.random_bits(shape, count, 2),
         out_shardings=NamedSharding(mesh, P("x")),
     )(5)
     chex.assert_trees_all_equal(sharded, eager)
@@ -214,9 +214,7 @@ def test_bits_of_huge_leaves_do_not_repeat(shape, windows):
         cut = tuple(map(slice, start, stops))
         # XLA computes the window alone: the whole would be gigabytes.
         compiled = (
-            jax.jit(lambda: _rounding.random_bits(shape, 1, 0)[2][cut])
-            .lower()
-            .compile()
+            jax.jit(lambda: _storage.random_bits(shape, 1, 0)[2][cut]).lower().compile()
         )
         assert compiled.memory_analysis().temp_size_in_bytes < 2**20
         return np.asarray(compiled()).ravel()

@@ -1,8 +1,10 @@
-"""Stochastic rounding to bfloat16, without a random key in the state.
+"""How averages are stored, and read again.
 
-An average in bfloat16 that is rounded to nearest stops moving once its steps are
-smaller than half a unit in the last place. Rounded up or down at random, with
-probabilities in proportion to the distances, it is right in the mean.
+In float32 and float64 they are stored as they are. In bfloat16 they are rounded
+stochastically: rounded to nearest, an average stops moving once its steps are smaller
+than half a unit in the last place; rounded up or down at random, with probabilities in
+proportion to the distances, it is right in the mean. The random bits are a hash, so
+that the state holds no key.
 """
 
 import math
@@ -46,11 +48,32 @@ def random_bits(
     return word & lower, _mix(word ^ _u32(0x85EBCA6B)) & lower, word >> 16
 
 
-def store(x: jax.Array, dtype: np.dtype, bits: jax.Array | None) -> jax.Array:
-    """Returns ``x`` in ``dtype``, rounded by ``bits`` if that is bfloat16."""
-    if dtype == jnp.bfloat16 and bits is not None:
+def load(stored: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Returns a stored average as numbers of ``dtype``."""
+    return stored.astype(dtype)
+
+
+def store(x: jax.Array, stored: jax.Array, bits: jax.Array | None) -> jax.Array:
+    """Returns ``x`` as ``stored`` is stored; ``bits`` are for what is rounded."""
+    if _is_rounded(stored):
+        assert bits is not None
         return stochastic_round(x, bits)
-    return x.astype(dtype)
+    return x.astype(stored.dtype)
+
+
+def bits_for(
+    averages: tuple[jax.Array, jax.Array, jax.Array],
+    count: jax.typing.ArrayLike,
+    leaf: jax.typing.ArrayLike,
+) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
+    """Random bits for each of three averages of one leaf, if any of them needs some."""
+    if any(map(_is_rounded, averages)):
+        return random_bits(averages[0].shape, count, leaf)
+    return None, None, None
+
+
+def _is_rounded(stored: jax.Array) -> bool:
+    return stored.dtype == jnp.bfloat16
 
 
 @jax.custom_jvp

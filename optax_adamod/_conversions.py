@@ -1,0 +1,251 @@
+"""The states of other optimizers, turned into AdaMod's."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_adamod._adamod import ScaleByAdamodState
+
+_TORCH_NAMES = {"mu": "exp_avg", "nu": "exp_avg_sq", "bound": "exp_avg_lr"}
+
+
+def from_adam(adam_state: optax.OptState, state: optax.OptState) -> optax.OptState:
+    """Turns the state of :func:`optax.adam` into one of AdaMod.
+
+    Adam's averages and its step are AdaMod's too. The bound, which Adam lacks, stays as
+    it is in ``state``: in a fresh one it is zero, and opens over ``1 / (1 - b3)``
+    steps, as at the start of a run.
+
+    Args:
+      adam_state: A state that holds one of :func:`optax.scale_by_adam`, at any depth:
+        of :func:`optax.adam`, of :func:`optax.adamw`, of a chain, or the
+        ``opt_state`` of a Flax ``nnx.Optimizer``.
+      state: A fresh ``tx.init(params)``, where ``tx`` holds one AdaMod, or the
+        ``opt_state`` of the new ``nnx.Optimizer``.
+
+    Returns:
+      ``state`` with Adam's averages, in the dtypes and on the devices that it has, and
+      with Adam's step in every ``count``, so that schedules go on where they were.
+
+    Raises:
+      ValueError: If either state holds no such optimizer or several, or if they are of
+        different parameters.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from optax_adamod import adamod, from_adam
+      >>> params = jnp.array([1., 2., 3.])
+      >>> adam = optax.adam(0.1)
+      >>> adam_state = adam.init(params)
+      >>> for _ in range(10):
+      ...  updates, adam_state = adam.update(2 * params, adam_state, params)
+      ...  params = optax.apply_updates(params, updates)
+      >>> print('Objective function: {:.2f}'.format(jnp.sum(params ** 2)))
+      Objective function: 5.11
+      >>> solver = adamod(0.1, b3=0.9)
+      >>> opt_state = from_adam(adam_state, solver.init(params))
+      >>> for _ in range(20):
+      ...  updates, opt_state = solver.update(2 * params, opt_state, params)
+      ...  params = optax.apply_updates(params, updates)
+      >>> print('Objective function: {:.2f}'.format(jnp.sum(params ** 2)))
+      Objective function: 1.10
+
+    .. seealso:: :func:`optax_adamod.from_torch`.
+    """
+    adam = _only(adam_state, "adam_state", optax.ScaleByAdamState)
+    fresh = _only(state, "state", ScaleByAdamodState)
+    mu = _like(fresh.mu, adam.mu, "adam_state's mu")
+    nu = _like(fresh.nu, adam.nu, "adam_state's nu")
+    (count,) = jax.tree.leaves(adam.count)
+    return _replaced(state, fresh._replace(mu=mu, nu=nu), count)
+
+
+def from_torch(
+    state_dict: Mapping[str, Any],
+    names: Sequence[str],
+    to_tree: Callable[[dict[str, np.ndarray]], optax.Params],
+    state: optax.OptState,
+) -> optax.OptState:
+    """Turns the state of PyTorch's AdaMod into one of ``convention='torch'``.
+
+    The packages adamod, torch_optimizer and pytorch_optimizer hold the same averages.
+    PyTorch need not be installed.
+
+    Args:
+      state_dict: What the PyTorch optimizer's ``state_dict()`` returned, its tensors on
+        the CPU, or NumPy arrays in their place.
+      names: The names of the parameters, in the order in which the optimizer got them:
+        for ``model.parameters()`` the names of ``model.named_parameters()``.
+      to_tree: A function from arrays by these names, in PyTorch's shapes, to a tree
+        with the structure and the shapes of the JAX parameters. It may reorder numbers
+        and must not change them.
+      state: A fresh ``tx.init(params)``, where ``tx`` was made with
+        ``convention='torch'`` and PyTorch's hyperparameters, or the ``opt_state`` of a
+        Flax ``nnx.Optimizer``.
+
+    Returns:
+      ``state`` with the averages, in the dtypes and on the devices that it has, and
+      with the step in every ``count``, so that schedules go on where they were.
+
+    Raises:
+      ValueError: If ``state_dict`` is not that of an AdaMod, lacks an average or holds
+        what AdaMod does not know; if parameters took different numbers of steps; if
+        names, structures or shapes do not match; if ``state`` holds no AdaMod or
+        several.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import numpy as np
+      >>> from optax_adamod import adamod, from_torch
+      >>> averages = {name: np.full((1, 2), 0.5)
+      ...             for name in ('exp_avg', 'exp_avg_sq', 'exp_avg_lr')}
+      >>> state_dict = {'state': {0: {'step': 7, **averages}},
+      ...               'param_groups': [{'params': [0]}]}
+      >>> def to_tree(arrays): return {'kernel': arrays['weight'].T}
+      >>> solver = adamod(0.1, convention='torch')
+      >>> opt_state = solver.init({'kernel': jnp.zeros((2, 1))})
+      >>> opt_state = from_torch(state_dict, ['weight'], to_tree, opt_state)
+      >>> print(opt_state[0].count, opt_state[0].bound['kernel'].ravel())
+      7 [0.5 0.5]
+
+    .. seealso:: :func:`optax_adamod.from_adam`.
+    """
+    fresh = _only(state, "state", ScaleByAdamodState)
+    step, averages = _read(state_dict, names)
+    trees = {
+        field: _like(getattr(fresh, field), to_tree(averages[key]), f"to_tree's {key}")
+        for field, key in _TORCH_NAMES.items()
+    }
+    return _replaced(state, fresh._replace(**trees), step)
+
+
+def _only(state: Any, name: str, kind: type) -> Any:
+    """Returns the one state of a kind that ``state`` holds."""
+    found = [
+        x
+        for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind))
+        if isinstance(x, kind)
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            f"{name} must hold one {kind.__name__}, and holds {len(found)}."
+        )
+    return found[0]
+
+
+def _replaced(
+    state: optax.OptState, adamod: ScaleByAdamodState, step: jax.typing.ArrayLike
+) -> optax.OptState:
+    """Returns ``state`` with this AdaMod in it, and the step in every ``count``."""
+
+    def is_adamod(x: Any) -> bool:
+        return isinstance(x, ScaleByAdamodState)
+
+    def replace(path: tuple[Any, ...], x: Any) -> Any:
+        if is_adamod(x):
+            return jax.tree.map_with_path(set_count, adamod)
+        return set_count(path, x)
+
+    def set_count(path: tuple[Any, ...], x: Any) -> Any:
+        # A field of a state. A parameter may have this name, and is no integer.
+        is_count = jax.tree_util.GetAttrKey("count") in path[-2:]
+        if is_count and jnp.issubdtype(jnp.result_type(x), jnp.integer):
+            return _placed(jnp.asarray(step), x)
+        return x
+
+    # Not by optax.tree.set, which passes over a count deep below another.
+    return jax.tree.map_with_path(replace, state, is_leaf=is_adamod)
+
+
+def _placed(new: Any, old: Any) -> jax.Array:
+    """Returns ``new`` in the dtype of ``old``, and where that is."""
+    new = new.astype(old.dtype)
+    if isinstance(old, jax.core.Tracer) or not old.committed:
+        return jnp.asarray(new)
+    return jax.device_put(new, old.sharding)
+
+
+def _read(
+    state_dict: Mapping[str, Any], names: Sequence[str]
+) -> tuple[int, dict[str, dict[str, np.ndarray]]]:
+    """Returns the step, and the averages by PyTorch's key and by name."""
+    if not {"state", "param_groups"} <= set(state_dict):
+        raise ValueError(
+            "state_dict must be an optimizer's, with 'state' and 'param_groups', and "
+            f"has {sorted(state_dict)}."
+        )
+    groups = state_dict["param_groups"]
+    indices = [(index, group) for group in groups for index in group["params"]]
+    if len(indices) != len(names):
+        raise ValueError(
+            f"the optimizer has {len(indices)} parameters, and names has {len(names)}."
+        )
+    given = [name for group in groups for name in group.get("param_names", ())]
+    if given and given != list(names):
+        raise ValueError(f"the optimizer's names are {given}, got {list(names)}.")
+    if any(group.get("adam_debias") for group in groups):
+        raise ValueError("adam_debias=True corrects otherwise than optax_adamod does.")
+
+    steps: dict[str, int] = {}
+    averages: dict[str, dict[str, np.ndarray]] = {k: {} for k in _TORCH_NAMES.values()}
+    for name, (index, group) in zip(names, indices, strict=True):
+        stored = state_dict["state"].get(index, {})
+        _check_keys(name, stored)
+        if "step" not in stored and "step" not in group:
+            raise ValueError(f"neither the state of {name!r} nor its group has a step.")
+        steps[name] = int(stored["step"] if "step" in stored else group["step"])
+        for key, values in averages.items():
+            values[name] = np.asarray(stored[key])
+            if np.iscomplexobj(values[name]):
+                raise ValueError(
+                    f"{key} of {name!r} is complex; PyTorch's AdaMod treats real and "
+                    "imaginary parts apart."
+                )
+    if len(set(steps.values())) != 1:
+        raise ValueError(f"all parameters must be at one step, and are at {steps}.")
+    return steps[names[0]], averages
+
+
+def _check_keys(name: str, stored: Mapping[str, Any]) -> None:
+    """Refuses what is not the state of an AdaMod."""
+    if not stored:
+        raise ValueError(
+            f"{name!r} has no averages, for it never had a gradient. Leave it out of "
+            "both optimizers."
+        )
+    if "exp_avg_lr" not in stored:
+        raise ValueError(
+            f"the state of {name!r} holds {sorted(stored)}, without exp_avg_lr: the "
+            "optimizer is not AdaMod."
+        )
+    missing = sorted(set(_TORCH_NAMES.values()) - set(stored))
+    unknown = sorted(set(stored) - {"step", *_TORCH_NAMES.values()})
+    if missing or unknown:
+        raise ValueError(
+            f"the state of {name!r} lacks {missing} and holds {unknown}, which AdaMod "
+            "does not know."
+        )
+
+
+def _like(fresh: optax.Updates, tree: optax.Updates, name: str) -> optax.Updates:
+    """Returns ``tree`` with the dtypes, and on the devices, of ``fresh``."""
+    structures = jax.tree.structure(tree), jax.tree.structure(fresh)
+    if structures[0] != structures[1]:
+        raise ValueError(
+            f"{name} is {structures[0]}, and the parameters are {structures[1]}."
+        )
+
+    def convert(path: Any, old: jax.Array, new: Any) -> jax.Array:
+        if jnp.shape(new) != old.shape:
+            raise ValueError(
+                f"{name} at {jax.tree_util.keystr(path)} has shape {jnp.shape(new)}, "
+                f"and the parameter has {old.shape}."
+            )
+        return _placed(new if isinstance(new, jax.Array) else np.asarray(new), old)
+
+    return jax.tree.map_with_path(convert, fresh, tree)
