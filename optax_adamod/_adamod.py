@@ -37,15 +37,16 @@ def _update_leaf(step, place, g, mu, nu, bound):
     """Algorithm 1 for one leaf; returns the update per unit of learning rate."""
     dtype = g.dtype
     g = g.astype(jnp.result_type(g, step.dtype))
-    g2 = jnp.real(jnp.conj(g) * g)
     mu_bits, nu_bits, bound_bits = _storage.bits_for((mu, nu, bound), *place)
 
-    mu, m = _advance(step.average_g, mu, g, mu_bits)
-    nu, v = _advance(step.average_g2, nu, g2, nu_bits)
-    eta = step.eta(v)
-    bound, s = _advance(step.average_eta, bound, eta, bound_bits)
-    rate = jnp.minimum(step.eta_per_alpha(v), step.s_per_alpha(s))
-    update = step.m_hat(m, g, times=rate)
+    mu, m = _advance(step.average_g, mu, g, mu_bits)  # m_t
+    nu, v = _advance(step.average_g2, nu, jnp.real(jnp.conj(g) * g), nu_bits)  # v_t
+    eta = step.eta(v)  # η_t
+    bound, s = _advance(step.average_eta, bound, eta, bound_bits)  # s_t
+    rate = jnp.minimum(
+        step.eta_per_alpha(v), step.s_per_alpha(s)
+    )  # min(η_t, s_t) / α_t
+    update = step.m_hat(m, g, times=rate)  # min(η_t, s_t) / α_t · m̂_t
     return update.astype(dtype), mu, nu, bound
 
 
@@ -196,7 +197,10 @@ class Hyperparameters(NamedTuple):
         )
 
     def at_step(
-        self, count: jax.Array, alpha: jax.typing.ArrayLike, dtype: np.dtype
+        self,
+        count: jax.typing.ArrayLike,
+        alpha: jax.typing.ArrayLike,
+        dtype: np.dtype,
     ) -> _Step:
         """Returns the step that is the ``count``-th, in arithmetic of ``dtype``."""
         b1, b2, b3, eps, eps_root = (

@@ -4,9 +4,9 @@ import math
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
 _COMPLEX = ("complex64", "complex128")
@@ -41,7 +41,7 @@ def nonnegative(name: str, value: Any) -> float | jax.Array:
     return value
 
 
-def scalar_or_schedule(name: str, value: Any) -> float | jax.Array | optax.Schedule:
+def scalar_or_schedule(name: str, value: Any) -> Any:
     """Returns a finite scalar, as :func:`nonnegative` does, or the schedule."""
     if callable(value) and not hasattr(value, "__jax_array__"):
         return value
@@ -52,13 +52,11 @@ def scalar_or_schedule(name: str, value: Any) -> float | jax.Array | optax.Sched
     return value
 
 
-def at_count(
-    name: str, value: float | jax.Array | optax.Schedule, count: jax.Array
-) -> float | jax.Array:
+def at_count(name: str, value: Any, count: jax.Array) -> jax.typing.ArrayLike:
     """Returns a learning rate, or what a schedule makes of ``count``."""
     if not callable(value):
         return value
-    scheduled = value(count)
+    scheduled: Any = value(count)
     if jnp.ndim(scheduled) or not _is_real(jnp.result_type(scheduled)):
         raise ValueError(
             f"the schedule given as {name} must return a real scalar, got "
@@ -202,7 +200,7 @@ def log10_edges(bins: Any) -> tuple[float, ...]:
 
 def _scalar(
     name: str, value: Any, accepted: str, *, precise: bool = True
-) -> tuple[float | jax.Array, float | None]:
+) -> tuple[Any, float | None]:
     """Returns a float, or an array, and its value where that is known already."""
     if callable(value) and not hasattr(value, "__jax_array__"):
         raise TypeError(
@@ -233,7 +231,8 @@ def _scalar(
             "half-precision parameters, pass hyperparam_dtype=jnp.float32."
         )
     number = _number(value)
-    return value if isinstance(value, jax.Array) else float(value), number
+    # What is no array of JAX is no tracer, and its number is known.
+    return (value, number) if isinstance(value, jax.Array) else (number, number)
 
 
 def _number(value: Any) -> float | None:
