@@ -310,8 +310,8 @@ def scale_by_adamod(
     Args:
       b1: Decay rate of the average of the gradients, in [0, 1).
       b2: Decay rate of the average of the squared gradients, in [0, 1).
-      b3: Decay rate of the average of the learning rates, in [0, 1). The bound opens
-        over about ``1 / (1 - b3)`` steps; 0 gives Adam.
+      b3: Decay rate of the average of the learning rates, 0 or in [1e-3, 1). The
+        bound opens over about ``1 / (1 - b3)`` steps; 0 gives Adam.
       eps: Added to the root of the second moment; at least 0, in units of the
         gradient.
       eps_root: Added to the second moment inside the root; at least 0, in units of
@@ -331,15 +331,14 @@ def scale_by_adamod(
       The corresponding :class:`optax.GradientTransformation`.
 
     Raises:
-      ValueError: If a decay rate, given as a number, is outside [0, 1), if ``eps`` or
-        ``eps_root``, given as a number, is negative or not finite, if ``convention`` is
-        unknown, or ``nesterov`` is combined with ``convention='torch'``. From
-        ``update``, if the updates have another structure or other shapes than the
-        state.
-      TypeError: If an accumulator cannot have the dtype asked for, or a decay rate,
-        ``eps`` or ``eps_root`` is an array of less than 32 bits. From ``init``, if a
-        parameter is neither floating nor complex; from ``update``, if a gradient is
-        not what its parameter is, or the state is not AdaMod's.
+      ValueError: If a number is out of its range, as far as its value is known outside
+        a running program; if ``convention`` is unknown, or ``nesterov`` is combined
+        with ``convention='torch'``. From ``update``, if the updates have another
+        structure or other shapes than the state, or the state is a stack of states.
+      TypeError: If an argument is no number; if a decay rate or an epsilon is
+        an array of less than 32 bits, or an accumulator cannot have its dtype.
+        From ``init``, if a parameter is neither floating nor complex; from ``update``,
+        if a gradient is not what its parameter is, or the state is not AdaMod's.
 
     Examples:
       >>> import jax
@@ -481,6 +480,8 @@ def adamod(
     With :math:`\beta_3 = 0` this is Adam. The bound
     :math:`s_t` is not bias-corrected. It averages :math:`\alpha_t` too, so that under
     a schedule it remembers the learning rates of the last :math:`1/(1-\beta_3)` steps.
+    Where :math:`\alpha_t` is negative, so is :math:`\eta_t`; the bound then acts on
+    magnitudes, :math:`\operatorname{sign}(\alpha_t) \min(|\eta_t|, |s_t|)`.
 
     With ``nesterov=True``, as in :func:`optax.adam`,
 
@@ -521,11 +522,11 @@ def adamod(
     Args:
       learning_rate: A scalar, or a schedule from the step count to one; in parameter
         units per unit of normalised gradient. A coordinate moves by about this much
-        per step, once the bound has opened.
+        per step, once the bound has opened. A negative one ascends, bounded alike.
       b1: Decay rate of the average of the gradients, in [0, 1).
       b2: Decay rate of the average of the squared gradients, in [0, 1).
-      b3: Decay rate of the average of the learning rates, in [0, 1). The bound opens
-        over about ``1 / (1 - b3)`` steps; 0 gives Adam.
+      b3: Decay rate of the average of the learning rates, 0 or in [1e-3, 1). The
+        bound opens over about ``1 / (1 - b3)`` steps; 0 gives Adam.
       eps: Added to the root of the second moment, where it avoids a division by zero;
         at least 0, in units of the gradient.
       eps_root: Added to the second moment inside the root; at least 0, in units of
@@ -543,15 +544,14 @@ def adamod(
       The corresponding :class:`optax.GradientTransformationExtraArgs`.
 
     Raises:
-      ValueError: If a decay rate, given as a number, is outside [0, 1), if ``eps`` or
-        ``eps_root``, given as a number, is negative or not finite, if ``convention`` is
-        unknown, or ``nesterov`` is combined with ``convention='torch'``. From
-        ``update``, if the updates have another structure or other shapes than the
-        state.
-      TypeError: If an accumulator cannot have the dtype asked for, or a decay rate,
-        ``eps`` or ``eps_root`` is an array of less than 32 bits. From ``init``, if a
-        parameter is neither floating nor complex; from ``update``, if a gradient is
-        not what its parameter is, or the state is not AdaMod's.
+      ValueError: If a number is out of its range, as far as its value is known outside
+        a running program; if ``convention`` is unknown, or ``nesterov`` is combined
+        with ``convention='torch'``. From ``update``, if the updates have another
+        structure or other shapes than the state, or the state is a stack of states.
+      TypeError: If an argument is no number; if a decay rate or an epsilon is
+        an array of less than 32 bits, or an accumulator cannot have its dtype.
+        From ``init``, if a parameter is neither floating nor complex; from ``update``,
+        if a gradient is not what its parameter is, or the state is not AdaMod's.
 
     Examples:
       >>> import jax
@@ -644,11 +644,11 @@ def adamodw(
     Args:
       learning_rate: A scalar, or a schedule from the step count to one; in parameter
         units per unit of normalised gradient. A coordinate moves by about this much
-        per step, once the bound has opened.
+        per step, once the bound has opened. A negative one ascends, bounded alike.
       b1: Decay rate of the average of the gradients, in [0, 1).
       b2: Decay rate of the average of the squared gradients, in [0, 1).
-      b3: Decay rate of the average of the learning rates, in [0, 1). The bound opens
-        over about ``1 / (1 - b3)`` steps; 0 gives Adam.
+      b3: Decay rate of the average of the learning rates, 0 or in [1e-3, 1). The
+        bound opens over about ``1 / (1 - b3)`` steps; 0 gives Adam.
       eps: Added to the root of the second moment, where it avoids a division by zero;
         at least 0, in units of the gradient.
       eps_root: Added to the second moment inside the root; at least 0, in units of
@@ -671,15 +671,14 @@ def adamodw(
       The corresponding :class:`optax.GradientTransformationExtraArgs`.
 
     Raises:
-      ValueError: If a decay rate, given as a number, is outside [0, 1), if ``eps`` or
-        ``eps_root``, given as a number, is negative or not finite, if ``convention`` is
-        unknown, or ``nesterov`` is combined with ``convention='torch'``. From
-        ``update``, if the updates have another structure or other shapes than the
-        state.
-      TypeError: If an accumulator cannot have the dtype asked for, or a decay rate,
-        ``eps`` or ``eps_root`` is an array of less than 32 bits. From ``init``, if a
-        parameter is neither floating nor complex; from ``update``, if a gradient is
-        not what its parameter is, or the state is not AdaMod's.
+      ValueError: If a number is out of its range, as far as its value is known outside
+        a running program; if ``convention`` is unknown, or ``nesterov`` is combined
+        with ``convention='torch'``. From ``update``, if the updates have another
+        structure or other shapes than the state, or the state is a stack of states.
+      TypeError: If an argument is no number; if a decay rate or an epsilon is
+        an array of less than 32 bits, or an accumulator cannot have its dtype.
+        From ``init``, if a parameter is neither floating nor complex; from ``update``,
+        if a gradient is not what its parameter is, or the state is not AdaMod's.
 
     Examples:
       >>> import jax
