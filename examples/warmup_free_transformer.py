@@ -5,14 +5,12 @@ It draws their losses, and the learning rates that Adam and AdaMod used with see
 The text is the source of Python's own standard library, so that nothing has to be
 downloaded. Each optimizer starts from the same weights and sees the same batches.
 
-    python examples/warmup_free_transformer.py --steps 200 --seeds 3
+    python -m examples.warmup_free_transformer --steps 200 --seeds 3
 """
 
-import csv
 import dataclasses
 import statistics
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +21,24 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
-from tqdm import tqdm
 
-from learning_rate_figure import plot
+from examples.common.language_modelling import (
+    FINAL,
+    batches,
+    final_loss,
+    save_losses,
+    train_model,
+)
+from examples.common.learning_rate_figure import plot
+from examples.common.options import check_counts, check_heads
+from examples.common.stdlib_text import FOLDER, load_text
+from examples.common.transformer import Transformer
 from optax_adamod import ScaleByAdamodState, adamod, learning_rates, log10_histogram
-from options import check_counts, check_heads
-from stdlib_text import FOLDER, load_text
-from transformer import Transformer, next_token_losses
 
 CONTEXT = 64
 BATCH = 32
 HEADS = 4
 B2 = 0.98  # the usual one of Transformers
-FINAL = 20  # the final loss is the mean over this many last steps
 BINS = np.linspace(-4, 6, 101)  # of the learning rates, in powers of ten
 
 
@@ -76,14 +79,6 @@ class Options:
             raise ValueError(f"--b3 must be in [0, 1), got {self.b3}.")
 
 
-def batches(text: np.ndarray, seed: int) -> Iterator[np.ndarray]:
-    """Yields random windows of the text: int32[BATCH, CONTEXT + 1]."""
-    rng = np.random.default_rng(seed)
-    windows = np.lib.stride_tricks.sliding_window_view(text, CONTEXT + 1)
-    while True:
-        yield windows[rng.integers(len(windows), size=BATCH)].astype(np.int32)
-
-
 def optimizers(options: Options) -> dict[str, optax.GradientTransformation]:
     """Returns the optimizers to compare, by their names in the figure."""
     learning_rate = options.learning_rate
@@ -95,21 +90,6 @@ def optimizers(options: Options) -> dict[str, optax.GradientTransformation]:
         "RAdam": optax.radam(learning_rate, b2=B2),
         f"AdaMod, b3 {options.b3:g}": adamod(learning_rate, b2=B2, b3=options.b3),
     }
-
-
-@nnx.jit
-def train_step(
-    model: Transformer, optimizer: nnx.Optimizer, windows: jax.typing.ArrayLike
-) -> jax.Array:
-    """Updates model and optimizer in place; returns the loss in nats per byte."""
-    windows = jnp.asarray(windows)
-
-    def loss_fn(model: Transformer) -> jax.Array:
-        return next_token_losses(model, windows).mean()
-
-    loss, gradients = nnx.value_and_grad(loss_fn)(model)
-    optimizer.update(model, gradients)
-    return loss
 
 
 @jax.jit
@@ -140,21 +120,15 @@ def train(
     model = Transformer(
         options.depth, options.width, HEADS, CONTEXT, rngs=nnx.Rngs(seed)
     )
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    losses: list[float] = []
-    steps = zip(range(options.steps), batches(text, seed), strict=False)
-    with tqdm(steps, f"{name}, seed {seed}", options.steps, unit="step") as progress:
-        for _, windows in progress:
-            losses.append(float(train_step(model, optimizer, windows)))
-            if counts is not None:
-                rates = count_rates(optimizer.opt_state, options.learning_rate)
-                counts.append(np.asarray(rates))
-            progress.set_postfix(loss=f"{losses[-1]:.3f}")
-    return losses
+    windows = batches(text, seed, CONTEXT, BATCH)
 
+    def count(opt_state: optax.OptState) -> None:
+        if counts is not None:
+            counts.append(np.asarray(count_rates(opt_state, options.learning_rate)))
 
-def final_loss(losses: list[float]) -> float:
-    return statistics.fmean(losses[-FINAL:])
+    return train_model(
+        f"{name}, seed {seed}", model, tx, windows, options.steps, after_step=count
+    )
 
 
 def table(runs: dict[str, list[list[float]]], seconds: dict[str, float]) -> str:
@@ -168,16 +142,6 @@ def table(runs: dict[str, list[list[float]]], seconds: dict[str, float]) -> str:
             f"{max(finals):.2f} | {seconds[name] / len(losses):.0f} |"
         )
     return "\n".join(rows)
-
-
-def save_losses(runs: dict[str, list[list[float]]], path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["optimizer", "seed", "step", "loss"])
-        for name, seeds in runs.items():
-            for seed, losses in enumerate(seeds):
-                for step, loss in enumerate(losses, start=1):
-                    writer.writerow([name, seed, step, loss])
 
 
 def main(options: Options) -> dict[str, list[list[float]]]:

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from close import assert_equal_but_for_few_roundings
-from low_precision_state import rounded_to_nearest
+from nearest import rounded_to_nearest
 from optax_adamod import _storage, adamod, scale_by_adamod
 
 BFLOAT16 = {f"{name}_dtype": "bfloat16" for name in ("mu", "nu", "bound")}
@@ -226,9 +226,9 @@ def test_bits_of_huge_leaves_do_not_repeat(shape, windows):
         assert np.sum(a[:n] == b[:n]) <= 1
 
 
-def trajectory(gradients_of, steps, coordinates, **settings):
+def trajectory(gradients_of, steps, coordinates, wrap=lambda tx: tx, **settings):
     """Returns the last state and the mean |update| of the last tenth of the steps."""
-    tx = scale_by_adamod(**settings)
+    tx = wrap(scale_by_adamod(**settings))
 
     def body(carry, step):
         state, total = carry
@@ -273,8 +273,7 @@ def test_averages_follow_float32_for_20000_steps(b3):
             assert abs(mean - 1) < 0.005
             assert scatter < 0.06
         assert abs(update.mean() / wide_update.mean() - 1) < 0.01
-    with rounded_to_nearest():
-        nearest, _ = trajectory(**settings, **BFLOAT16)
+    nearest, _ = trajectory(**settings, wrap=rounded_to_nearest)
     assert ratio(nearest, "bound")[0] < (0.5 if b3 == 0.999 else 0.1)
 
 

@@ -18,18 +18,17 @@ import pytest
 from flax import nnx
 from tensorboardX.proto.event_pb2 import Event
 
-import learning_rate_figure
-import low_precision_state as low_precision
-import warmup_free_transformer as example
-import watch_training
+from examples import warmup_free_transformer as example
+from examples import watch_training
+from examples.common import learning_rate_figure
+from examples.common.stdlib_text import load_text
 from optax_adamod import adamod, learning_rates
-from stdlib_text import load_text
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parents[2]
 
 
 def test_quickstart_classifies_digits(capsys):
-    runpy.run_path(str(EXAMPLES / "quickstart.py"))
+    runpy.run_module("examples.quickstart")
     (accuracy,) = re.findall(r"test accuracy ([\d.]+)%", capsys.readouterr().out)
     assert float(accuracy) > 95
 
@@ -126,20 +125,6 @@ def test_three_panels(tmp_path, monkeypatch):
     plt.close(figure)
 
 
-@pytest.mark.slow
-def test_low_precision_table(tmp_path, capsys):
-    options = example.Options(steps=20, depth=1, width=8, output=tmp_path)
-    runs = low_precision.main(options)
-    printed = capsys.readouterr().out
-    for (name, losses), size in zip(runs.items(), (12, 8, 6, 6), strict=True):
-        mean = np.mean(np.asarray(losses)[:, -example.FINAL :])
-        assert f"| {name} | {size} | {mean:.3f} |" in printed
-    # Every row is another run: rounding changes the losses, though not by much.
-    finals = [losses[0][-1] for losses in runs.values()]
-    assert len(set(finals)) == 4
-    assert max(finals) - min(finals) < 0.1
-
-
 @pytest.mark.parametrize(
     ("nonsense", "message"),
     [
@@ -165,9 +150,10 @@ def test_too_short_a_text_is_refused(tmp_path):
 
 
 def test_command_line_says_what_is_wrong():
-    script = EXAMPLES / "warmup_free_transformer.py"
+    module = "examples.warmup_free_transformer"
     result = subprocess.run(
-        [sys.executable, script, "--depth", "0"],
+        [sys.executable, "-m", module, "--depth", "0"],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,

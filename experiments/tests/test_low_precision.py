@@ -1,0 +1,49 @@
+"""Does the experiment on bfloat16 averages train each of its cases, in their bytes?"""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments import low_precision
+from optax_adamod import adamod
+
+
+@pytest.mark.slow
+def test_low_precision_table(tmp_path, capsys):
+    options = low_precision.Options(steps=20, depth=1, width=8, output=tmp_path)
+    runs = low_precision.main(options)
+    printed = capsys.readouterr().out
+    for (name, losses), size in zip(runs.items(), (12, 8, 6, 6), strict=True):
+        mean = np.mean(np.asarray(losses)[:, -low_precision.FINAL :])
+        assert f"| {name} | {size} | {mean:.3f} |" in printed
+    # Every row is another run: rounding changes the losses, though not by much.
+    finals = [losses[0][-1] for losses in runs.values()]
+    assert len(set(finals)) == 4
+    assert max(finals) - min(finals) < 0.1
+
+
+def test_rounded_to_nearest_between_steps():
+    """What a step reads is what the one before left in bfloat16, to nearest."""
+    gradients = {"w": jnp.linspace(0.1, 3.0, 100)}
+    tx = adamod(0.1, b3=0.9)
+    nearest = low_precision.rounded_to_nearest(tx)
+    state, expected = nearest.init(gradients), tx.init(gradients)
+
+    def rounded(name):
+        (average,) = jax.tree.leaves(optax.tree.get(expected, name))
+        return {"w": average.astype(jnp.bfloat16)}
+
+    for _ in range(3):
+        updates, state = nearest.update(gradients, state)
+        expected_updates, expected = tx.update(gradients, expected)
+        chex.assert_trees_all_equal(updates, expected_updates)
+        for name in ("mu", "nu", "bound"):
+            average = rounded(name)
+            chex.assert_trees_all_equal(optax.tree.get(state, name), average)
+            wide = {"w": average["w"].astype(jnp.float32)}
+            assert np.any(wide["w"] != optax.tree.get(expected, name)["w"])
+            expected = optax.tree.set(expected, **{name: wide})
+    assert optax.tree.get(state, "count") == 3
