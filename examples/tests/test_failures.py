@@ -17,12 +17,14 @@ import jax
 import numpy as np
 import pytest
 
-import pod_training
-from pod_checkpoints import Checkpoints
+from examples import pod_training
+from examples.common.pod_checkpoints import Checkpoints
 
 pytestmark = pytest.mark.slow
-SCRIPT = Path(__file__).parent.parent / "examples" / "pod_training.py"
+ROOT = Path(__file__).parents[2]
+PROGRAM = (sys.executable, "-m", "examples.pod_training")
 SMALL = ("--depth", "1", "--width", "8")
+HANGS = 3600  # seconds after which a run hangs, on however slow a machine
 
 
 @dataclasses.dataclass
@@ -37,9 +39,9 @@ class Run:
     def text(self):
         return self.log.read_text()
 
-    def wait_for(self, condition, seconds=240):
-        """Waits until ``condition()``, or the run has ended, or it took too long."""
-        end = time.monotonic() + seconds
+    def wait_for(self, condition):
+        """Waits until ``condition()``, or the run has ended."""
+        end = time.monotonic() + HANGS
         while not (found := condition()) and self.process.poll() is None:
             assert time.monotonic() < end, self.text()
             time.sleep(0.01)
@@ -57,9 +59,9 @@ class Run:
         names = os.listdir(folder) if folder.exists() else []
         return sorted(int(name) for name in names if name.isdigit())
 
-    def ends(self, code=0, seconds=240):
+    def ends(self, code=0):
         try:
-            assert self.process.wait(seconds) == code, self.text()
+            assert self.process.wait(HANGS) == code, self.text()
         finally:
             self.process.kill()
         self.copy.wait()
@@ -85,7 +87,7 @@ def start(tmp_path, tmp_path_factory):
 
     def run(folder, *options):
         log = tmp_path / f"{len(runs)}.log"
-        command = [sys.executable, SCRIPT, *SMALL, "--output", folder, *options]
+        command = [*PROGRAM, *SMALL, "--output", folder, *options]
         with log.open("w") as file:  # through a pipe, which no quota limits
             copy = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=file)
         with copy.stdin:
@@ -93,6 +95,7 @@ def start(tmp_path, tmp_path_factory):
                 list(map(str, command)),
                 stdout=copy.stdin,
                 stderr=subprocess.STDOUT,
+                cwd=ROOT,
                 env=environment,
                 start_new_session=True,
             )
@@ -164,9 +167,7 @@ def test_one_of_four_processes_killed(start, tmp_path):
     run = start(tmp_path / "run", *options, 100_000)  # more than it can reach
     assert run.wait_for(lambda: len(run.saved()) > 1)
     os.kill(children(run.process.pid)[2], signal.SIGKILL)
-    killed = time.monotonic()
-    text = run.ends(code=1, seconds=60)
-    assert time.monotonic() - killed < 60
+    text = run.ends(code=1)
     # The last line, when nobody is left to write between its words.
     error = text[text.rindex("error: process") :]
     ends = dict(
@@ -194,7 +195,7 @@ def test_sigterm_saves_and_ends_well(start, tmp_path, processes):
     run = start(tmp_path / "run", "--steps", 100_000, "--save-every", 10, *options)
     assert run.wait_for(run.saved)
     run.process.terminate()
-    text = run.ends(seconds=60)
+    text = run.ends()
     step = int(re.search(r"preempted: saving step (\d+)", text)[1])
     assert run.saved()[-1] == step
     assert len(run.rows()) == step
