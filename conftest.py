@@ -1,4 +1,4 @@
-"""Eight CPU devices, strict ranks, 64-bit mode on request, and how many at once."""
+"""What the tests of every room share: eight CPU devices, strict ranks, fixtures."""
 
 import os
 
@@ -6,14 +6,21 @@ import hypothesis
 import jax
 import pytest
 
-collect_ignore = ["golden.py"]  # makes golden.npz, and alone needs PyTorch
-
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Compilation makes the first example of a property slow; seeds are fixed.
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("default")
+
+
+def pytest_ignore_collect(collection_path):
+    """Leaves programs alone: to look for examples in them would be to run them."""
+    module = collection_path.suffix == ".py" and collection_path.name != "__init__.py"
+    folder = collection_path.parent.name
+    if module and folder != "optax_adamod" and collection_path.name[:5] != "test_":
+        return True
+    return None
 
 
 def pytest_xdist_auto_num_workers(config):
@@ -26,6 +33,7 @@ def pytest_xdist_auto_num_workers(config):
 
 @pytest.fixture(autouse=True)
 def matplotlib_without_a_screen(monkeypatch):
+    """No test opens a window."""
     monkeypatch.setenv("MPLBACKEND", "Agg")
 
 

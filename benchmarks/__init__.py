@@ -1,1 +1,1 @@
-"""Benchmarks of optax-adamod."""
+"""How fast the library is and what memory it needs, beside its peers."""

@@ -4,7 +4,7 @@ Kernels, temporaries, collectives, bytes and compile time, for Adam and AdaMod. 
 x86-64 Linux and the extra ``compiled``: libtpu, and JAX's CUDA plugin without CUDA. It
 proves nothing about numerics or speed.
 
-    pip install -e '.[bench,compiled]' && python benchmarks/compiled.py
+    pip install -e '.[bench,compiled]' && python -m benchmarks.compiled
 """
 
 import dataclasses
@@ -23,9 +23,15 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-import report
-import trees
-from optimizers import ADAM, ADAMOD, ADAMOD_BFLOAT16, DONATED, OPTIMIZERS, step
+from benchmarks import report, trees
+from benchmarks.optimizers import (
+    ADAM,
+    ADAMOD,
+    ADAMOD_BFLOAT16,
+    DONATED,
+    OPTIMIZERS,
+    step,
+)
 
 COLLECTIVES = (
     "all-gather", "all-reduce", "all-to-all", "collective-broadcast",

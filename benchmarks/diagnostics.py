@@ -1,6 +1,6 @@
 """Times an update, and the watching of its learning rates, on 25 million parameters.
 
-python benchmarks/diagnostics.py
+python -m benchmarks.diagnostics
 """
 
 import collections

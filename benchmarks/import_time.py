@@ -1,6 +1,6 @@
 """Times what importing optax_adamod adds to importing optax.
 
-python benchmarks/import_time.py
+python -m benchmarks.import_time
 
 In processes of their own, without the garbage collector: a full collection of what JAX
 and Optax have made takes longer, and happens to strike here or elsewhere.

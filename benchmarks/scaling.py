@@ -4,7 +4,7 @@ From compiled programs (``compiled.py``, whose results it reads): the bytes that
 update moves and that a chip holds for it, each a parameter. From the chips' makers:
 bandwidth, memory and speed. Computed: all the rest.
 
-    python benchmarks/scaling.py
+    python -m benchmarks.scaling
 """
 
 import json
@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 import tyro
 
-import report
-import trees
-from optimizers import ADAM, ADAMOD, ADAMOD_BFLOAT16
+from benchmarks import report, trees
+from benchmarks.optimizers import ADAM, ADAMOD, ADAMOD_BFLOAT16
 
 COUNTS = (1, 8, 64, 256, 1024, 4096, 8960)
 TOKENS = 2**22  # in a batch

@@ -4,21 +4,19 @@ Training steps of a Transformer and of a ResNet-34, and the update of the same
 parameters alone, take turns; the table gives the update's share, the ratio of whole
 steps, and the memory that they need.
 
-    pip install -e '.[bench]' && python benchmarks/train_step.py
+    pip install -e '.[bench]' && python -m benchmarks.train_step
 """
 
 import dataclasses
 import multiprocessing
 import os
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 # The device's peak is read in processes of their own, which share its memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +26,11 @@ import tyro
 from flax import nnx
 from tqdm import tqdm
 
-import report
-from optimizers import ADAM, ADAMOD, ADAMOD_BFLOAT16, OPTIMIZERS
-from resnet import ResNet
-from step_time import Update, calibrated, quartiles, seconds
-from transformer import Transformer
+from benchmarks import report
+from benchmarks.optimizers import ADAM, ADAMOD, ADAMOD_BFLOAT16, OPTIMIZERS
+from benchmarks.timing import Update, calibrated, quartiles, seconds
+from examples.common.resnet import ResNet
+from examples.common.transformer import Transformer
 
 CONTEXT = 64
 COMPARED = (ADAM, ADAMOD, ADAMOD_BFLOAT16)

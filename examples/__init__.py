@@ -1,1 +1,1 @@
-"""Examples of optax-adamod."""
+"""What a user runs or copies first: every file beside this one is a program."""

@@ -4,9 +4,9 @@ Parameters and AdaMod's three averages are sharded alike over the mesh's axis ``
 the batch over ``data`` and ``fsdp``. A run that was ended resumes from its newest good
 checkpoint. With no option it runs here, on the accelerators or on 8 simulated devices:
 
-    python examples/pod_training.py
-    python examples/pod_training.py --local-processes 4    as on 4 machines
-    srun python examples/pod_training.py --distributed     under Slurm; the same command
+    python -m examples.pod_training
+    python -m examples.pod_training --local-processes 4    as on 4 machines
+    srun python -m examples.pod_training --distributed     under Slurm; the same command
                                                            in each pod of a Kubernetes
                                                            job, or host of a TPU pod
 
@@ -45,15 +45,18 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-import local_processes
+from examples.common import local_processes
+from examples.common.options import check_counts, check_heads
+from examples.common.pod_checkpoints import Checkpoints
+from examples.common.pod_metrics import Metrics
+from examples.common.stdlib_text import FOLDER, load_text
+from examples.common.transformer import Transformer, next_token_losses
 from optax_adamod import adamod
-from options import check_counts, check_heads
-from pod_checkpoints import Checkpoints
-from pod_metrics import Metrics
-from stdlib_text import FOLDER, load_text
-from transformer import Transformer, next_token_losses
-from warmup_free_transformer import B2, BATCH, CONTEXT, HEADS
 
+CONTEXT = 64  # bytes that the model sees
+BATCH = 32
+HEADS = 4
+B2 = 0.98  # the usual one of Transformers
 DEVICES = 8  # simulated ones, where there is nothing but a CPU
 MAX_SKIPPED = 10  # steps in a row with non-finite gradients, before a run gives up
 

@@ -1,6 +1,6 @@
 """Shows AdaMod's learning rates in TensorBoard, from inside a Flax NNX loop.
 
-python examples/watch_training.py
+python -m examples.watch_training
 tensorboard --logdir outputs/watch_training
 """
 

@@ -1,1 +1,1 @@
-"""The experiments of AdaMod's paper, at a laptop's size and at the paper's."""
+"""The evidence: the paper's experiments and those that ask what it does not."""

@@ -2,14 +2,14 @@
 
 The paper's DenseNet-121 on CIFAR-100 at full size, a smaller one on digits by default:
 
-    python -m examples.paper.densenet
-    python -m examples.paper.densenet --size full
+    python -m experiments.densenet
+    python -m experiments.densenet --size full
 """
 
-from .command import command
-from .data.images import cifar, digits
-from .image_classification import Options, compare
-from .models.densenet import DenseNet
+from experiments.command import command
+from experiments.data.images import cifar, digits
+from experiments.image_classification import Options, compare
+from experiments.models.densenet import DenseNet
 
 # The best of each that the authors found on CIFAR-100.
 LEARNING_RATES = {"SGD": (0.05,), "AdamW": (1e-3,), "AdaMod": (1e-3,)}

@@ -10,12 +10,11 @@ import numpy as np
 import optax
 from flax import nnx
 
+from examples.common.options import check_counts
+from experiments.data.images import Images
+from experiments.report import report
+from experiments.training import Batch, Run, Task, train_all
 from optax_adamod import adamodw
-
-from ..options import check_counts
-from .data.images import Images
-from .report import report
-from .training import Batch, Run, Task, train_all
 
 # What the authors' release trains with, by any optimizer.
 WEIGHT_DECAY = 5e-4

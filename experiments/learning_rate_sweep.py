@@ -4,29 +4,25 @@ Adam, Adam with warm-up, RAdam, and AdaMod with two lengths of memory, at consta
 learning rates, with no other change. Two rates and one seed by default; ``--whole`` is
 the grid of four rates and three seeds:
 
-    python -m examples.paper.learning_rate_sweep
-    python -m examples.paper.learning_rate_sweep --whole
+    python -m experiments.learning_rate_sweep
+    python -m experiments.learning_rate_sweep --whole
 """
 
 import dataclasses
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import optax
-from flax import nnx
 
-from benchmarks.report import table
+from examples.common.options import check_counts, check_heads, check_rates
+from examples.common.stdlib_text import FOLDER, load_text
+from examples.common.transformer import Transformer
+from experiments.command import command
+from experiments.data.text import batches, unigram_entropy
+from experiments.language_modelling import loss
+from experiments.plateau import draw_heat_map, plateau_table
+from experiments.report import report
+from experiments.training import History, Run, Task, train_all
 from optax_adamod import adamod
-
-from ..options import check_counts, check_heads, check_rates
-from ..stdlib_text import FOLDER, load_text
-from ..transformer import Transformer, next_token_losses
-from .command import command
-from .data.text import batches, unigram_entropy
-from .plateau import draw_heat_map, path_of
-from .report import budget, grouped, report
-from .training import Batch, History, Run, Task, train_all
 
 B2 = 0.98  # the usual one of Transformers
 B3 = (0.99, 0.999)
@@ -98,10 +94,6 @@ def optimizers(
     }
 
 
-def loss(model: nnx.Module, batch: Batch) -> jax.Array:
-    return next_token_losses(model, jnp.asarray(batch["tokens"])).mean()
-
-
 def runs_of(options: Options) -> list[Run]:
     memory = {f"AdaMod, b3 {b3:g}": b3 for b3 in B3}
     return [
@@ -110,26 +102,6 @@ def runs_of(options: Options) -> list[Run]:
         for name, transformation in optimizers(rate, options.warmup).items()
         for seed in range(options.seeds)
     ]
-
-
-def plateau_table(history: History, plateau: float, tokens: str) -> str:
-    """Returns when each run left the plateau, and when it fell back to it."""
-    rows = []
-    for optimizer, by_rate in grouped(history).items():
-        for rate, runs in by_rate.items():
-            steps = int(history[runs[0]][-1]["step"])
-            rows.append(
-                {
-                    "optimizer": optimizer,
-                    "lr": f"{rate:g}",
-                    "each seed": "; ".join(path_of(history[x], plateau) for x in runs),
-                    "steps": budget(runs[0], steps),
-                }
-            )
-    return (
-        f"The plateau is at {plateau:.3f} nats, the entropy of single {tokens}. The "
-        f"steps at which a run left it, and fell back to it:\n\n{table(rows)}"
-    )
 
 
 def main(options: Options) -> History:

@@ -7,8 +7,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from .report import final_value, grouped
-from .training import History, Row
+from examples.common.results import table
+from experiments.report import budget, final_value, grouped
+from experiments.training import History, Row
 
 LEFT = 0.25  # nats below the plateau: a run has left it
 BACK = 0.1  # nats below the plateau: a run that had left it is back
@@ -36,6 +37,26 @@ def path_of(rows: Sequence[Row], plateau: float) -> str:
     if math.isnan(rows[-1]["loss"]):
         words.append(f"diverged {int(rows[-1]['step'])}")
     return ", ".join(words)
+
+
+def plateau_table(history: History, plateau: float, tokens: str) -> str:
+    """Returns when each run left the plateau, and when it fell back to it."""
+    rows = []
+    for optimizer, by_rate in grouped(history).items():
+        for rate, runs in by_rate.items():
+            steps = int(history[runs[0]][-1]["step"])
+            rows.append(
+                {
+                    "optimizer": optimizer,
+                    "lr": f"{rate:g}",
+                    "each seed": "; ".join(path_of(history[x], plateau) for x in runs),
+                    "steps": budget(runs[0], steps),
+                }
+            )
+    return (
+        f"The plateau is at {plateau:.3f} nats, the entropy of single {tokens}. The "
+        f"steps at which a run left it, and fell back to it:\n\n{table(rows)}"
+    )
 
 
 def draw_heat_map(history: History, plateau: float, final: int, path: Path) -> None:

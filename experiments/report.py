@@ -3,6 +3,7 @@
 import csv
 import datetime
 import math
+import shlex
 import statistics
 import sys
 from collections.abc import Sequence
@@ -10,9 +11,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from benchmarks.report import machine, table, versions
-
-from .training import History, Row, Run
+from examples.common.results import machine, table, versions
+from experiments.training import History, Row, Run
 
 PACKAGES = ("jax", "optax", "flax", "numpy")
 
@@ -52,7 +52,7 @@ def report(
 
 def header(name: str, history: History) -> str:
     """Returns what is needed to run it again: command, date, machine, versions."""
-    command = " ".join(["python -m", f"examples.paper.{name}", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", f"experiments.{name}", *sys.argv[1:]])
     used = ", ".join(f"{key} {value}" for key, value in versions(PACKAGES).items())
     minutes = sum(rows[-1]["seconds"] for rows in history.values()) / 60
     return (

@@ -2,14 +2,14 @@
 
 The paper's ResNet-34 on CIFAR-10 at full size, a smaller one on digits by default:
 
-    python -m examples.paper.robustness
-    python -m examples.paper.robustness --size full
+    python -m experiments.robustness
+    python -m experiments.robustness --size full
 """
 
-from ..resnet import ResNet
-from .command import command
-from .data.images import cifar, digits
-from .image_classification import Options, compare
+from examples.common.resnet import ResNet
+from experiments.command import command
+from experiments.data.images import cifar, digits
+from experiments.image_classification import Options, compare
 
 LEARNING_RATES = (1e-3, 1e-2, 1e-1)  # the paper's
 

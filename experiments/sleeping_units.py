@@ -2,9 +2,9 @@
 
 The ResNet of ``robustness`` on digits, in batches so small that at a large learning
 rate most units are off in most steps, by Adam, AdaMod, and variants of AdaMod that
-treat sleeping coordinates differently (:mod:`examples.paper.lazy_bounds`):
+treat sleeping coordinates differently (:mod:`experiments.lazy_bounds`):
 
-    python -m examples.paper.sleeping_units
+    python -m experiments.sleeping_units
 """
 
 import dataclasses
@@ -15,15 +15,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..options import check_counts, check_decays, check_rates
-from ..resnet import ResNet
-from . import waking
-from .command import command
-from .data.images import digits
-from .image_classification import accuracy, loss
-from .report import final_table, report
-from .sleeping_words import runs_of
-from .training import History, Task, train_all
+from examples.common.options import check_counts, check_decays, check_rates
+from examples.common.resnet import ResNet
+from experiments import waking
+from experiments.command import command
+from experiments.data.images import digits
+from experiments.image_classification import accuracy, loss
+from experiments.report import final_table, report
+from experiments.sleeping import runs_of
+from experiments.training import History, Task, train_all
 
 ROWS = 5  # of a run's history
 BLOCKS, WIDTH = (1, 1, 1), 8

@@ -2,40 +2,35 @@
 
 A Post-LN Transformer on the words of Python's standard library, all of them, by Adam,
 Adam with warm-up, AdaMod, and variants of AdaMod that treat sleeping coordinates
-differently (:mod:`examples.paper.lazy_bounds`):
+differently (:mod:`experiments.lazy_bounds`):
 
-    python -m examples.paper.sleeping_words
+    python -m experiments.sleeping_words
 """
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
-from optax_adamod import adamod
-
-from ..options import check_counts, check_decays, check_heads, check_rates
-from ..stdlib_text import FOLDER
-from ..transformer import Transformer, next_token_losses
-from .command import command
-from .data.text import batches, unigram_entropy
-from .data.words import Words, load_words
-from .lazy_bounds import VARIANTS, lazy_adamod
-from .learning_rate_sweep import loss, plateau_table
-from .report import report
-from .training import History, Run, Task, train_all
-from .waking import (
+from examples.common.options import check_counts, check_decays, check_heads, check_rates
+from examples.common.stdlib_text import FOLDER
+from examples.common.transformer import Transformer, next_token_losses
+from experiments.command import command
+from experiments.data.text import batches, unigram_entropy
+from experiments.data.words import Words, load_words
+from experiments.language_modelling import loss
+from experiments.plateau import plateau_table
+from experiments.report import report
+from experiments.sleeping import runs_of
+from experiments.training import History, Task, train_all
+from experiments.waking import (
     AWAKE,
     SHARES,
     awake_share,
     losses_table,
-    record_updates,
     recorded,
     updates_table,
 )
@@ -87,43 +82,6 @@ class Options:
         check_heads(self, HEADS)
         check_rates(self)
         check_decays(self, "b2", "b3")
-
-
-def optimizers(
-    learning_rate: float, warmup: int, b2: float, b3: float
-) -> dict[str, optax.GradientTransformation]:
-    schedule = optax.linear_schedule(learning_rate / warmup, learning_rate, warmup)
-    return {
-        "Adam": optax.adam(learning_rate, b2=b2),
-        f"Adam, {warmup} steps of warm-up": optax.adam(schedule, b2=b2),
-        "AdaMod": adamod(learning_rate, b2=b2, b3=b3),
-        **{
-            f"AdaMod, {name}": lazy_adamod(learning_rate, name, b2=b2, b3=b3)
-            for name in VARIANTS
-        },
-    }
-
-
-def runs_of(options: Any, select: Callable[[Any], jax.Array], awake: int) -> list[Run]:
-    """Returns every run, of this experiment or of ``sleeping_units``.
-
-    Args:
-      options: The experiment's options.
-      select: The part of the parameters whose updates are recorded.
-      awake: The most coordinates of it that are awake in a step.
-    """
-    return [
-        Run(
-            name,
-            record_updates(tx, rate, select, awake),
-            rate,
-            seed,
-            options.b3 if name.startswith("AdaMod") else None,
-        )
-        for rate in options.rates
-        for name, tx in optimizers(rate, options.warmup, options.b2, options.b3).items()
-        for seed in range(options.seeds)
-    ]
 
 
 @nnx.jit

@@ -3,8 +3,8 @@
 Babel's phrases and a small Transformer by default; IWSLT'14 and fairseq's
 transformer_iwslt_de_en, with the paper's settings, at full size:
 
-    python -m examples.paper.translation
-    python -m examples.paper.translation --size full
+    python -m experiments.translation
+    python -m experiments.translation --size full
 """
 
 import dataclasses
@@ -21,11 +21,9 @@ import sacrebleu
 from flax import nnx
 from tokenizers import Tokenizer
 
-from optax_adamod import adamodw
-
-from ..options import check_counts, check_rates
-from .command import command
-from .data.translation import (
+from examples.common.options import check_counts, check_rates
+from experiments.command import command
+from experiments.data.translation import (
     PAD,
     Encoded,
     Pairs,
@@ -38,10 +36,11 @@ from .data.translation import (
     training_batches,
     within,
 )
-from .models.decoding import beam_search, greedy_search
-from .models.translator import Translator, label_smoothed_loss
-from .report import final_table, report
-from .training import Batch, History, Run, Task, train_all
+from experiments.models.decoding import beam_search, greedy_search
+from experiments.models.translator import Translator, label_smoothed_loss
+from experiments.report import final_table, report
+from experiments.training import Batch, History, Run, Task, train_all
+from optax_adamod import adamodw
 
 B2 = 0.98
 WEIGHT_DECAY = 1e-4  # decoupled, as in fairseq's Adam and the authors' AdaMod

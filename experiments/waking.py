@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.report import table
-
-from .report import final_value, grouped, spread
-from .training import History, Row, Run
+from examples.common.results import table
+from experiments.report import final_value, grouped, spread
+from experiments.training import History, Row, Run
 
 SHARES = (0.005, 0.05, 0.5)  # of the steps in which a coordinate is awake
 AWAKE = ("below 0.5 %", "0.5 to 5 %", "5 to 50 %", "above 50 %")

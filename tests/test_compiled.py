@@ -32,11 +32,11 @@ def target(request, tmp_path_factory):
     # In a process of its own, since libtpu is configured by the environment.
     subprocess.run(
         [
-            sys.executable, ROOT / "benchmarks" / "compiled.py",
+            sys.executable, "-m", "benchmarks.compiled",
             "--targets", request.param, "--trees", *TREES,
             "--output", folder,
         ],
-        check=True,
+        check=True, cwd=ROOT,
     )  # fmt: skip
     tables = json.loads((folder / "compiled.json").read_text())["tables"]
     assert len(tables) == len(TREES)

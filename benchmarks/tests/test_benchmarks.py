@@ -12,15 +12,18 @@ import optax
 import pytest
 from flax import nnx
 
-import compiled
-import optimizers
-import scaling
-import step_time
-import torch_optimizers
-import train_step
-import trees
-from resnet import ResNet
-from transformer import Transformer
+from benchmarks import (
+    compiled,
+    optimizers,
+    scaling,
+    step_time,
+    timing,
+    torch_optimizers,
+    train_step,
+    trees,
+)
+from examples.common.resnet import ResNet
+from examples.common.transformer import Transformer
 
 
 @pytest.mark.parametrize(
@@ -55,12 +58,12 @@ def test_resnet_halves_images():
 
 def test_update_is_the_optimizers():
     tree = trees.equal_leaves(64, 2)
-    update = step_time.Update(optax.adam(1e-3), tree)
+    update = timing.Update(optax.adam(1e-3), tree)
     update.run(3)
     tx, params = optax.adam(1e-3), {name: np.zeros(32) for name in tree}
     state = tx.init(params)
     for _ in range(3):
-        updates, state = tx.update(step_time.gradients(tree), state)
+        updates, state = tx.update(timing.gradients(tree), state)
         params = optax.apply_updates(params, updates)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, 1e-5), update.params, params

@@ -9,9 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-import equinox_mlp
-import flax_linen
-import plain_jax
+from examples import equinox_mlp, flax_linen, plain_jax
 
 STEPS = 150
 

@@ -17,9 +17,8 @@ from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec as P
 
-import pod_checkpoints
-import pod_metrics
-import pod_training as pod
+from examples import pod_training as pod
+from examples.common import pod_checkpoints, pod_metrics
 
 SMALL = pod.Options(b3=0.5, learning_rate=1e-2, steps=8, depth=1, width=8, save_every=4)
 

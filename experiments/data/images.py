@@ -8,7 +8,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from .hub import load
+from experiments.data.hub import load
 
 PADDING = 4  # pixels, on each side, before a random crop
 FLIPPED = 0.5  # of the images

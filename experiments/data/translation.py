@@ -7,7 +7,7 @@ import grain
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from .locale_pairs import Pair, locale_pairs
+from experiments.data.locale_pairs import Pair, locale_pairs
 
 PAD, END = 0, 1  # END also begins the decoder's input, as in fairseq
 IWSLT14 = "bbaaaa/iwslt14-de-en"
@@ -45,7 +45,9 @@ def iwslt14_pairs(source: str | None = None) -> Pairs:
       OSError: They cannot be loaded; the message says where to put them.
       ValueError: A row is not ``{"translation": {"de": ..., "en": ...}}``.
     """
-    from .hub import load  # seconds, for which the laptop's size need not wait
+    from experiments.data.hub import (
+        load,  # seconds, for which the laptop's size need not wait
+    )
 
     # The converted branch: of the main one, what loads it is a program.
     name, revision = (source, None) if source else (IWSLT14, "refs/convert/parquet")

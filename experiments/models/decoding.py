@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..data.translation import END, PAD
+from experiments.data.translation import END, PAD
 
 NEVER = -1e9  # a log-probability; finite, so that sums of it are numbers
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from ..data.translation import END, PAD
+from experiments.data.translation import END, PAD
 
 XAVIER = nnx.initializers.xavier_uniform()
 # Query, key and value as one Xavier-initialised matrix of width by 3 * width.

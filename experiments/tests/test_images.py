@@ -10,11 +10,11 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from examples.paper import densenet, image_classification, robustness
-from examples.paper.data import images as data
-from examples.paper.image_classification import Options, accuracy, optimizers
-from examples.paper.models.densenet import DenseNet
-from examples.resnet import ResNet
+from examples.common.resnet import ResNet
+from experiments import densenet, image_classification, robustness
+from experiments.data import images as data
+from experiments.image_classification import Options, accuracy, optimizers
+from experiments.models.densenet import DenseNet
 
 
 def parameters(create):
@@ -216,7 +216,7 @@ def test_experiments_run(experiment, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(image_classification, "ROWS", 2)
     experiment.main(Options(epochs=1, seeds=1, output=tmp_path))
     printed = capsys.readouterr().out
-    assert f"`python -m examples.paper.{name} --epochs 1`" in printed
+    assert f"`python -m experiments.{name} --epochs 1`" in printed
     assert "Test accuracy after 22 steps" in printed
     assert "| AdaMod, b3 0.99 |" in printed
     assert "22, 0.2 horizons of 100 |" in printed

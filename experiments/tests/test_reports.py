@@ -9,9 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from examples.paper import learning_rate_sweep as sweep
-from examples.paper import plateau, report
-from examples.paper.training import Run
+from experiments import learning_rate_sweep as sweep
+from experiments import plateau, report
+from experiments.training import Run
 
 
 def run_of(name="Adam", rate=0.1, seed=0, b3=None):
@@ -68,7 +68,7 @@ def test_files(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["x.py", "--seeds", "2"])
     report.report("x", HISTORY, "loss", tmp_path / "new", extra=["More."])
     text = (tmp_path / "new/x.md").read_text()
-    assert text.startswith("# x\n\n`python -m examples.paper.x --seeds 2`, 20")
+    assert text.startswith("# x\n\n`python -m experiments.x --seeds 2`, 20")
     assert "0 minutes" in text
     assert text.endswith("\n\nMore.\n")
     assert text.removeprefix("# x\n") in capsys.readouterr().out

@@ -10,10 +10,10 @@ import optax
 import pytest
 from flax import nnx
 
-from examples.paper import learning_rate_sweep, sleeping_units, sleeping_words, waking
-from examples.paper.data.words import load_words, words_of
-from examples.paper.lazy_bounds import VARIANTS, lazy_adamod
-from examples.paper.training import Run
+from experiments import learning_rate_sweep, sleeping_units, sleeping_words, waking
+from experiments.data.words import load_words, words_of
+from experiments.lazy_bounds import VARIANTS, lazy_adamod
+from experiments.training import Run
 from optax_adamod import adamod
 
 SETTINGS = dict(b1=0.9, b2=0.999, b3=0.999)

@@ -13,9 +13,9 @@ import pytest
 import sacrebleu
 from flax import nnx
 
-from examples.paper import translation
-from examples.paper.data import translation as data
-from examples.paper.data.locale_pairs import locale_pairs
+from experiments import translation
+from experiments.data import translation as data
+from experiments.data.locale_pairs import locale_pairs
 
 END, PAD = data.END, data.PAD
 

@@ -9,9 +9,9 @@ import optax
 import pytest
 from flax import nnx
 
-from examples.paper.data.translation import END, PAD
-from examples.paper.models import decoding
-from examples.paper.models.translator import (
+from experiments.data.translation import END, PAD
+from experiments.models import decoding
+from experiments.models.translator import (
     Translator,
     label_smoothed_loss,
     sinusoids,

@@ -1,0 +1,1 @@
+"""What programs share: models, text, the loop, figures, checkpoints; no program."""

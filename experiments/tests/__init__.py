@@ -1,0 +1,1 @@
+"""Tests of the experiments, at a few steps each: ``pytest experiments``."""
