@@ -10,7 +10,13 @@ import optax
 import pytest
 from flax import nnx
 
-from experiments import learning_rate_sweep, sleeping_units, sleeping_words, waking
+from experiments import (
+    learning_rate_sweep,
+    sleeping,
+    sleeping_units,
+    sleeping_words,
+    waking,
+)
 from experiments.data.words import load_words, words_of
 from experiments.lazy_bounds import VARIANTS, lazy_adamod
 from experiments.training import Run
@@ -210,7 +216,7 @@ def test_losses_by_the_word_before(folder):
 
 
 def test_optimizers():
-    found = sleeping_words.optimizers(0.1, 30, b2=0.9, b3=0.8)
+    found = sleeping.optimizers(0.1, 30, b2=0.9, b3=0.8)
     assert list(found) == [
         "Adam", "Adam, 30 steps of warm-up", "AdaMod",
         "AdaMod, kept", "AdaMod, opened", "AdaMod, frozen",
@@ -224,11 +230,11 @@ def test_optimizers():
 def two_optimizers(monkeypatch):
     """All six take a minute to compile."""
 
-    def few(*arguments, whole=sleeping_words.optimizers):
+    def few(*arguments, whole=sleeping.optimizers):
         found = whole(*arguments)
         return {name: found[name] for name in ("Adam", "AdaMod, frozen")}
 
-    monkeypatch.setattr(sleeping_words, "optimizers", few)
+    monkeypatch.setattr(sleeping, "optimizers", few)
     monkeypatch.setattr(waking, "FIRST", 1)
 
 
