@@ -1,10 +1,11 @@
 """What the compilers of GPUs and TPU pods make of one update, without the hardware.
 
 Kernels, temporaries, collectives, bytes and compile time, for Adam and AdaMod. It needs
-x86-64 Linux and the extra ``compiled``: libtpu, and JAX's CUDA plugin without CUDA. It
+x86-64 Linux and the group ``compiled``: libtpu, and JAX's CUDA plugin without CUDA. It
 proves nothing about numerics or speed.
 
-    pip install -e '.[bench,compiled]' && python -m benchmarks.compiled
+    pip install -e '.[examples]' --group compiled
+    python -m benchmarks.compiled
 """
 
 import dataclasses

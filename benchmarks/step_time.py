@@ -4,7 +4,7 @@ Each optimizer takes turns with ``optax.adam``, and with a copy of as many float
 there are parameters, so that what else the machine does falls on all of them. Ratios
 are those of neighbours in time; their median and quartiles are printed.
 
-    pip install -e '.[bench]' && python -m benchmarks.step_time
+    pip install -e '.[examples]' --group bench && python -m benchmarks.step_time
 """
 
 import dataclasses

@@ -4,7 +4,7 @@ Training steps of a Transformer and of a ResNet-34, and the update of the same
 parameters alone, take turns; the table gives the update's share, the ratio of whole
 steps, and the memory that they need.
 
-    pip install -e '.[bench]' && python -m benchmarks.train_step
+    pip install -e '.[examples]' --group bench && python -m benchmarks.train_step
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """What do the compilers of GPUs and TPU pods make of one update?
 
-They come with the extra ``compiled`` and need no accelerator: ``pytest -m compiled``.
+They come with the group ``compiled`` and need no accelerator: ``pytest -m compiled``.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ def target(request, tmp_path_factory):
     """The facts of one target: rows by tree and optimizer."""
     package = TARGETS[request.param]
     if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed; the extra 'compiled' has it")
+        pytest.skip(f"{package} is not installed; the group 'compiled' has it")
     folder = tmp_path_factory.mktemp("compiled")
     # In a process of its own, since libtpu is configured by the environment.
     subprocess.run(
