@@ -165,6 +165,8 @@ def run_short(short: list[str]) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         for name in listed.splitlines():
             copy = Path(folder) / name
+            if not (ROOT / name).exists():  # deleted, and not yet committed
+                continue
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, copy)
         for command in short:
@@ -194,7 +196,7 @@ def main() -> None:
         for pattern in LONG
         if not fnmatch.filter(found, pattern)
     ]
-    print(f"{len(found)} commands, {len(problems)} problems")
+    print(f"{len(found)} commands, {len(problems)} problems", flush=True)
     if not problems and sys.argv[1:] != ["check"]:
         problems = run_short([x for x in found if not is_long(x)])
     if problems:
