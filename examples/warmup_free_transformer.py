@@ -1,11 +1,13 @@
 """Trains a Post-LN Transformer with Adam, Adam with warm-up, RAdam and AdaMod.
 
-It draws their losses, and the learning rates that Adam and AdaMod used with seed 0.
+The two warm-ups are those that Ma & Yarats propose (arXiv 1910.04209), for they need no
+tuning either: linear, over 2 / (1 - b2) steps, and exponential, with AdaMod's b3. It
+draws their losses, and the learning rates that Adam and AdaMod used with seed 0.
 
 The text is the source of Python's own standard library, so that nothing has to be
 downloaded. Each optimizer starts from the same weights and sees the same batches.
 
-    python -m examples.warmup_free_transformer --steps 200 --seeds 3
+    python -m examples.warmup_free_transformer --steps 400 --seeds 3
 """
 
 import dataclasses
@@ -35,8 +37,8 @@ from examples.common.stdlib_text import FOLDER, load_text
 from examples.common.transformer import Transformer
 from optax_adamod import ScaleByAdamodState, adamod, learning_rates, log10_histogram
 
-CONTEXT = 64
-BATCH = 32
+CONTEXT = 32
+BATCH = 16
 HEADS = 4
 B2 = 0.98  # the usual one of Transformers
 BINS = np.linspace(-4, 6, 101)  # of the learning rates, in powers of ten
@@ -46,13 +48,13 @@ BINS = np.linspace(-4, 6, 101)  # of the learning rates, in powers of ten
 class Options:
     """Compares optimizers on a Post-LN Transformer without learning-rate warm-up."""
 
-    steps: int = 200
+    steps: int = 400
     """Training steps of each run."""
     depth: int = 6
     """Transformer blocks."""
-    width: int = 128
+    width: int = 64
     """Features of each token, a multiple of 4, the number of heads."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 6e-3
     """Learning rate of every optimizer, constant but for Adam's warm-up."""
     b3: float = 0.99
     """AdaMod's b3; its bound opens over about 1 / (1 - b3) steps."""
@@ -82,13 +84,21 @@ class Options:
 def optimizers(options: Options) -> dict[str, optax.GradientTransformation]:
     """Returns the optimizers to compare, by their names in the figure."""
     learning_rate = options.learning_rate
-    warmup = max(1, options.steps // 3)
-    schedule = optax.linear_schedule(learning_rate / warmup, learning_rate, warmup)
+    b3 = options.b3
+    warmup = round(2 / (1 - B2))
+
+    def linear(count: Any) -> jax.Array:
+        return learning_rate * jnp.minimum(1.0, (count + 1) / warmup)
+
+    def exponential(count: Any) -> jax.Array:
+        return learning_rate * (1 - b3 ** (count + 1))
+
     return {
         "Adam": optax.adam(learning_rate, b2=B2),
-        f"Adam, {warmup} steps of warm-up": optax.adam(schedule, b2=B2),
+        f"Adam, linear warm-up over {warmup} steps": optax.adam(linear, b2=B2),
+        f"Adam, exponential warm-up, b3 {b3:g}": optax.adam(exponential, b2=B2),
         "RAdam": optax.radam(learning_rate, b2=B2),
-        f"AdaMod, b3 {options.b3:g}": adamod(learning_rate, b2=B2, b3=options.b3),
+        f"AdaMod, b3 {b3:g}": adamod(learning_rate, b2=B2, b3=b3),
     }
 
 

@@ -67,9 +67,10 @@ def train_model(
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     losses: list[float] = []
     numbered = zip(range(steps), windows, strict=False)
+    step = nnx.cached_partial(train_step, model, optimizer)  # walks the model once
     with tqdm(numbered, title, steps, unit="step") as progress:
         for _, batch in progress:
-            losses.append(float(train_step(model, optimizer, batch)))
+            losses.append(float(step(batch)))
             after_step(optimizer.opt_state)
             progress.set_postfix(loss=f"{losses[-1]:.3f}")
     return losses

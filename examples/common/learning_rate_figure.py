@@ -8,8 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
-COLOURS = ("#D55E00", "#0072B2", "#CC79A7", "#009E73")
-LINES = ("-", "--", ":", "-")
+COLOURS = ("#D55E00", "#0072B2", "#E69F00", "#CC79A7", "#009E73")
+LINES = ("-", "--", "-.", ":", "-")
+SMOOTHED = 20  # steps, over which the drawn loss is averaged
 
 
 def plot(
@@ -55,10 +56,17 @@ def plot(
     plt.close(figure)
 
 
+def running_mean(losses: np.ndarray) -> np.ndarray:
+    """Returns the mean over the last ``SMOOTHED`` steps, or all steps so far."""
+    total = np.pad(losses.cumsum(axis=1), ((0, 0), (SMOOTHED, 0)))
+    counts = np.minimum(1 + np.arange(losses.shape[1]), SMOOTHED)
+    return (total[:, SMOOTHED:] - total[:, :-SMOOTHED]) / counts
+
+
 def draw_losses(axes: Axes, runs: dict[str, list[list[float]]]) -> None:
-    """Draws the mean loss over the seeds, and their range as a band."""
+    """Draws the running mean loss over the seeds, and their range as a band."""
     for (name, losses), colour, line in zip(runs.items(), COLOURS, LINES, strict=True):
-        curves = np.asarray(losses)
+        curves = running_mean(np.asarray(losses))
         steps = 1 + np.arange(curves.shape[1])
         axes.plot(steps, curves.mean(axis=0), line, color=colour, label=name)
         axes.fill_between(
@@ -66,9 +74,9 @@ def draw_losses(axes: Axes, runs: dict[str, list[list[float]]]) -> None:
         )
     axes.set(
         xlabel="step",
-        ylabel="training loss, nats per byte",
+        ylabel=f"training loss, nats per byte\n(mean of the last {SMOOTHED} steps)",
         title="Post-LN Transformer, one learning rate, no warm-up unless named",
-        ylim=(None, 5),
+        ylim=(None, 4.5),
     )
     axes.margins(x=0)
     axes.legend(frameon=False)

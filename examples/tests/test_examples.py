@@ -48,7 +48,13 @@ def test_transformer_writes_losses_and_figure(tmp_path, capsys, monkeypatch):
         steps=24, depth=1, width=16, seeds=2, output=tmp_path / "new"
     )
     runs = example.main(options)
-    assert [name.split(",")[0] for name in runs] == ["Adam", "Adam", "RAdam", "AdaMod"]
+    assert list(runs) == [
+        "Adam",
+        "Adam, linear warm-up over 100 steps",
+        "Adam, exponential warm-up, b3 0.99",
+        "RAdam",
+        "AdaMod, b3 0.99",
+    ]
     for losses in runs.values():
         assert np.shape(losses) == (2, 24)
         # An untrained model is at ln 256, and learns which bytes are common first.
@@ -57,7 +63,7 @@ def test_transformer_writes_losses_and_figure(tmp_path, capsys, monkeypatch):
         assert np.all(last < first - 0.1)
     # Seeds differ, and optimizers start alike.
     starts = np.asarray(list(runs.values()))[:, :, 0]
-    np.testing.assert_allclose(starts, np.broadcast_to(starts[0], (4, 2)), rtol=1e-6)
+    np.testing.assert_allclose(starts, np.broadcast_to(starts[0], (5, 2)), rtol=1e-6)
     assert starts[0, 0] != starts[0, 1]
     (rates,) = drawn
     assert list(rates) == ["Adam", "AdaMod, b3 0.99"]
@@ -77,8 +83,31 @@ def test_transformer_writes_losses_and_figure(tmp_path, capsys, monkeypatch):
     assert figure.read_bytes().startswith(b"\x89PNG")
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 4 * 2 * 24
+    assert len(rows) == 5 * 2 * 24
     assert float(rows[-1]["loss"]) == runs[rows[-1]["optimizer"]][1][-1]
+
+
+def test_warm_ups_of_the_compared_optimizers():
+    steps = np.arange(1, 151)
+    factors = {
+        "Adam": np.ones(150),
+        "linear": np.minimum(1, steps / 100),
+        "exponential": 1 - 0.9**steps,
+        "AdaMod": 1 - 0.9**steps,  # while gradients are constant
+    }
+    compared = example.optimizers(example.Options(learning_rate=0.5, b3=0.9))
+    for part, expected in factors.items():
+        name = next(x for x in compared if part in x)
+        params, tx = np.ones(3, np.float32), compared[name]
+
+        def step(state, _, tx=tx, params=params):
+            updates, state = tx.update(params, state, params)
+            return state, updates
+
+        _, updates = jax.lax.scan(step, tx.init(params), length=150)
+        np.testing.assert_allclose(
+            updates, np.broadcast_to(-0.5 * expected[:, None], (150, 3)), rtol=1e-4
+        )
 
 
 def test_learning_rates_of_adam_and_adamod():
@@ -104,13 +133,18 @@ def test_three_panels(tmp_path, monkeypatch):
     bins = np.linspace(-1, 2, 31)
     rates = {k: np.ones((5, 30)) for k in ("Adam", "AdaMod")}
     rates["Adam"][3, 7] = 101
-    runs = {k: [[3.0, 2.0]] for k in ("Adam", "warm-up", "RAdam", "AdaMod")}
+    names = ("Adam", "linear", "exponential", "RAdam", "AdaMod")
+    runs = {k: [[4.0, 2.0, *[1.0] * 18, 5.0]] for k in names}
     learning_rate_figure.plot(runs, rates, bins, tmp_path / "figure.png")
     monkeypatch.undo()
     (figure,) = figures
     losses, left, right, colours = figure.axes
     assert [x.get_label() for x in losses.lines] == list(runs)
-    assert losses.get_ylabel() == "training loss, nats per byte"
+    assert len({x.get_color() for x in losses.lines}) == len(runs)
+    for line in losses.lines:
+        drawn = line.get_ydata()[[0, 1, 2, 19, 20]]
+        np.testing.assert_allclose(drawn, [4, 3, 7 / 3, 24 / 20, 25 / 20])
+    assert losses.get_ylabel().startswith("training loss, nats per byte")
     for axes, name in ((left, "Adam"), (right, "AdaMod")):
         (mesh,) = axes.collections
         share = rates[name] / rates[name].sum(axis=1, keepdims=True)
