@@ -58,7 +58,7 @@ class Options:
 
 
 def transformer(batch: int) -> tuple[nnx.Module, jax.Array, jax.Array]:
-    """Returns the model of ``warmup_free_transformer.py``, inputs and labels."""
+    """Returns a Post-LN Transformer of bytes, inputs and labels."""
     tokens = np.random.default_rng(0).integers(256, size=(batch, CONTEXT + 1))
     model = Transformer(6, 128, 4, CONTEXT, rngs=nnx.Rngs(0))
     return model, jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:])
