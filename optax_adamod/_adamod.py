@@ -80,13 +80,12 @@ class _Average(NamedTuple):
 
         By halves, for the difference of two finite numbers may be infinite.
         """
-        finite = old
+        kept, finite = self.keep * old, old
         if not jnp.iscomplexobj(old):
-            # What overflowed stays infinite: less infinity it would be NaN.
+            # What overflowed stays so. Less infinity, or times 0, it would be NaN.
             finite = jnp.minimum(old, jnp.finfo(old.dtype).max)
-        return jnp.asarray(
-            self.keep * old + self.gain * (0.5 * new - self.lean * finite)
-        )
+            kept = self.keep * finite + (old - finite)
+        return jnp.asarray(kept + self.gain * (0.5 * new - self.lean * finite))
 
 
 class _Rate(NamedTuple):

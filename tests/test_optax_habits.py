@@ -41,8 +41,9 @@ def float32_hyperparameters(**settings):
     return {k: float(np.float32(v)) for k, v in settings.items()}
 
 
-@FACTORIES
-@pytest.mark.parametrize("b3", [0.0, 0.9, 0.999])
+@pytest.mark.parametrize(
+    ("factory", "b3"), [(adamod, 0.0), (adamod, 0.999), (adamodw, 0.9)]
+)
 def test_injected_hyperparameters(factory, b3):
     settings = dict(learning_rate=0.1, b1=0.9, b2=0.999, b3=b3, eps=1e-8)
     injected, state = follow(optax.inject_hyperparams(factory)(**settings))
@@ -108,10 +109,10 @@ def test_hyperparameters_change_while_training():
 def test_gradient_accumulation(factory):
     tx = optax.MultiSteps(factory(0.1), every_k_schedule=3)
     halves = jax.tree.map(lambda g: np.stack([0.5 * g, g, 1.5 * g]), GRADIENTS)
-    params, state = PARAMS, tx.init(PARAMS)
+    params, state, update = PARAMS, tx.init(PARAMS), jax.jit(tx.update)
     for i in range(6):
         gradients = jax.tree.map(lambda g, i=i: g[i % 3], halves)
-        updates, state = jax.jit(tx.update)(gradients, state, params)
+        updates, state = update(gradients, state, params)
         params = optax.apply_updates(params, updates)
     expected, inner_state = follow(factory(0.1), steps=2)
     chex.assert_trees_all_close(params, expected, rtol=1e-5)

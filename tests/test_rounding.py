@@ -76,8 +76,8 @@ PARTNERS = {
 
 @pytest.fixture(scope="module")
 def fields():
-    """Standardised bits of 2 leaves, 7 steps up to 64 apart and 3 averages."""
-    steps, leaves = (1, 2, 3, 5, 9, 33, 65), (0, 1)
+    """Standardised bits of 2 leaves, 4 steps up to 64 apart and 3 averages."""
+    steps, leaves = (1, 2, 9, 65), (0, 1)
     bits = jax.jit(lambda count, leaf: _storage.random_bits(SHAPE, count, leaf))
     words = [bits(count, leaf) for count, leaf in itertools.product(steps, leaves)]
     uniform = np.concatenate(jax.device_get(words)).astype(np.float32)
@@ -88,10 +88,10 @@ def fields():
 def test_bits_are_independent(fields, partners):
     """|z| < 4.5 for all pairs of leaf, step and average, and of a coordinate's partner.
 
-    Chance puts 1 pair of 150,000 outside; these are 52,000, each of 1e5 draws or more.
+    Chance puts 1 pair of 150,000 outside; these are 13,000, each of 1e5 draws or more.
     """
     single = partners in ("itself", "transposed")
-    for d in (0,) if single else (1, 2, 7, 64):
+    for d in (0,) if single else (1, 7, 64):
         row, column = np.indices(SHAPE)
         other_row, other_column = PARTNERS[partners](d, row, column)
         inside = (
@@ -308,8 +308,16 @@ def trained():
     return params, train(params)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("spec", [P("x"), P("x", "y"), P(None, ("x", "y"))], ids=str)
+@pytest.mark.parametrize(
+    ("axis_type", "spec"),
+    [
+        (AxisType.Explicit, P("x")),
+        (AxisType.Explicit, P("x", "y")),
+        (AxisType.Explicit, P(None, ("x", "y"))),
+        (AxisType.Auto, P("x", "y")),
+    ],
+    ids=str,
+)
 def test_sharded_updates_are_rounded_by_the_same_bits(trained, axis_type, spec):
     if jax.device_count() < 8:
         pytest.skip("8 devices make the mesh; the default of 8 CPU devices has them")

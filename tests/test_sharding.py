@@ -25,6 +25,17 @@ COLLECTIVE = re.compile(
 )
 AXES = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
 STATES = pytest.mark.parametrize("dtypes", [{}, BFLOAT16], ids=["own", "bfloat16"])
+# All pairs of axes, dtypes of the state, and eager or jitted.
+PAIRS = pytest.mark.parametrize(
+    ("axis_type", "dtypes", "jitted"),
+    [
+        (AxisType.Auto, {}, True),
+        (AxisType.Auto, BFLOAT16, False),
+        (AxisType.Explicit, {}, False),
+        (AxisType.Explicit, BFLOAT16, True),
+    ],
+    ids=["auto-jitted", "auto-bfloat16", "explicit", "explicit-bfloat16-jitted"],
+)
 CONVENTIONS = pytest.mark.parametrize("convention", ["paper", "torch"])
 
 pytestmark = pytest.mark.usefixtures("eight_devices")
@@ -62,9 +73,7 @@ def train(tx, put, steps=3):
     return params, updates, state
 
 
-@AXES
-@STATES
-@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jitted"])
+@PAIRS
 def test_types_of_the_state_never_change(axis_type, dtypes, jitted):
     """Shape, dtype and, with explicit axes, sharding are an array's type."""
     mesh = make_mesh(axis_type)
@@ -81,9 +90,7 @@ def test_types_of_the_state_never_change(axis_type, dtypes, jitted):
                 assert {k: t.sharding.spec for k, t in average.items()} == SPECS
 
 
-@AXES
-@STATES
-@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jitted"])
+@PAIRS
 def test_state_is_sharded_as_its_parameters(axis_type, dtypes, jitted):
     """From init on, where no device may hold, or send, more than its own shards."""
     mesh = make_mesh(axis_type)
@@ -156,8 +163,10 @@ def test_state_made_under_jit_takes_the_shardings_asked_for():
     chex.assert_trees_all_equal(state.bound, jax.tree.map(np.zeros_like, arrays()))
 
 
-@AXES
-@CONVENTIONS
+@pytest.mark.parametrize(
+    ("axis_type", "convention"),
+    [(AxisType.Auto, "paper"), (AxisType.Explicit, "torch")],
+)
 def test_the_same_as_on_one_device(axis_type, convention):
     """Within a few units in the last place: XLA rounds shards of each shape otherwise.
 

@@ -11,7 +11,6 @@ MAY_IMPORT = {
     "experiments": {"optax_adamod", "examples"},
     "benchmarks": {"optax_adamod", "examples"},
 }
-NO_PROGRAM = {"__init__.py", "from_pytorch.py"}  # the second is to join the library
 
 
 def modules(path):
@@ -28,8 +27,6 @@ def test_imports_run_one_way():
     for room, others in MAY_IMPORT.items():
         for path in (ROOT / room).rglob("*.py"):
             found = {name.split(".")[0] for name in modules(path)}
-            if path.name == "test_from_pytorch.py":  # is to test the library
-                found.discard("examples")
             assert found & {*MAY_IMPORT, ""} <= {room, *others}, path
 
 
@@ -53,4 +50,4 @@ def test_no_program_imports_another():
 
 def test_at_the_top_of_examples_are_programs_alone():
     found = set((ROOT / "examples").glob("*.py"))
-    assert found - {*programs().values()} == {ROOT / "examples" / x for x in NO_PROGRAM}
+    assert found - {*programs().values()} == {ROOT / "examples" / "__init__.py"}
