@@ -83,7 +83,8 @@ class _Average(NamedTuple):
         kept, finite = self.keep * old, old
         if not jnp.iscomplexobj(old):
             # What overflowed stays so. Less infinity, or times 0, it would be NaN.
-            finite = jnp.minimum(old, jnp.finfo(old.dtype).max)
+            largest = jnp.finfo(old.dtype).max
+            finite = jnp.clip(old, -largest, largest)
             kept = self.keep * finite + (old - finite)
         return jnp.asarray(kept + self.gain * (0.5 * new - self.lean * finite))
 

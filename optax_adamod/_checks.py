@@ -23,10 +23,10 @@ def decay_rate(name: str, value: Any) -> float | jax.Array:
 def decay_rate_of_bound(name: str, value: Any) -> float | jax.Array:
     """As :func:`decay_rate`; refuses an ``eps`` that stands in its position."""
     value = decay_rate(name, value)
-    number = _number(value)
-    if number is not None and 0.0 < number < 1e-3:
+    # Not an array of JAX: a schedule under optax.inject_hyperparams may begin so low.
+    if isinstance(value, float) and 0.0 < value < 1e-3:
         raise ValueError(
-            f"{name} must be 0, which gives Adam, or at least 1e-3, got {number!r}. By "
+            f"{name} must be 0, which gives Adam, or at least 1e-3, got {value!r}. By "
             f"position {name} comes before eps: adamod(1e-3, 0.9, 0.999, 1e-8) sets "
             f"{name}, and adamod(1e-3, 0.9, 0.999, eps=1e-8) sets eps."
         )
@@ -57,17 +57,20 @@ def at_count(name: str, value: Any, count: jax.Array) -> jax.typing.ArrayLike:
     if not callable(value):
         return value
     scheduled: Any = value(count)
-    if jnp.ndim(scheduled) or not _is_real(jnp.result_type(scheduled)):
+    dtype = _dtype_of(scheduled)
+    if dtype is None or not _is_real(dtype) or jnp.ndim(scheduled):
+        given = _brief(scheduled)
+        if dtype is not None:
+            given = f"{dtype} of shape {jnp.shape(scheduled)}"
         raise ValueError(
-            f"the schedule given as {name} must return a real scalar, got "
-            f"{jnp.result_type(scheduled)} of shape {jnp.shape(scheduled)}."
+            f"the schedule given as {name} must return a real scalar, got {given}."
         )
     return scheduled
 
 
 def choice(name: str, value: str, accepted: tuple[str, ...]) -> str:
     """Returns ``value`` if it is one of ``accepted``."""
-    if value not in accepted:
+    if not isinstance(value, str) or value not in accepted:
         raise ValueError(
             f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}."
         )
@@ -204,23 +207,25 @@ def _scalar(
     """Returns a float, or an array, and its value where that is known already."""
     if callable(value) and not hasattr(value, "__jax_array__"):
         raise TypeError(
-            f"{name} must be {accepted}, got the function {value!r}. To schedule it, "
-            f"use optax.inject_hyperparams(adamod)(..., {name}=schedule)."
+            f"{name} must be {accepted}, got the function {_brief(value)}. To schedule "
+            f"it, use optax.inject_hyperparams(adamod)(..., {name}=schedule)."
+            f"{_hint(value)}"
         )
     if not isinstance(value, (int, float, complex, np.generic, np.ndarray, jax.Array)):
         if not hasattr(value, "__jax_array__"):
-            given = f"{_brief(value)}, of type {type(value).__name__}"
-            hint = ""
-            if not jax.tree_util.all_leaves([value]):
-                hint = " If these are the parameters, init and update take them."
-            raise TypeError(f"{name} must be {accepted}, got {given}.{hint}")
+            raise TypeError(
+                f"{name} must be {accepted}, got {_brief(value)}, of type "
+                f"{type(value).__name__}.{_hint(value)}"
+            )
         value = jnp.asarray(value)  # such as a variable of Flax
-    dtype = jnp.result_type(value)
-    if not _is_real(dtype):
-        raise TypeError(f"{name} must be {accepted}, got {value}, of dtype {dtype}.")
+    dtype = _dtype_of(value)
+    if dtype is None or not _is_real(dtype):
+        of = f"of dtype {getattr(value, 'dtype', dtype)}"
+        raise TypeError(f"{name} must be {accepted}, got {value}, {of}.")
     if jnp.ndim(value):
         raise ValueError(
             f"{name} must be {accepted}, got an array of shape {jnp.shape(value)}."
+            f"{_hint(value)}"
         )
     half = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
     if precise and half and not isinstance(value, float):
@@ -241,7 +246,26 @@ def _number(value: Any) -> float | None:
         return None
     if isinstance(value, jax.Array) and not value.is_fully_addressable:
         return None
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # an integer of Python
+        return math.inf if value > 0 else -math.inf
+
+
+def _dtype_of(value: Any) -> Any:
+    """The dtype that JAX gives a value; None for what is no number."""
+    try:
+        no_value = value is None or isinstance(value, (str, type))
+        return None if no_value else jnp.result_type(value)
+    except (TypeError, OverflowError):
+        return np.dtype(np.float32) if isinstance(value, int) else None
+
+
+def _hint(value: Any) -> str:
+    """What to do with parameters that stand in the place of a number."""
+    if any(map(np.ndim, jax.tree.leaves(value))):
+        return " If these are the parameters, init and update take them."
+    return ""
 
 
 def _is_real(dtype: Any) -> bool:

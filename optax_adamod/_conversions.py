@@ -1,6 +1,7 @@
 """The states of other optimizers, turned into AdaMod's."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import optax
 
 from optax_adamod._adamod import ScaleByAdamodState
 
+_INJECTED = optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState
 _TORCH_NAMES = {"mu": "exp_avg", "nu": "exp_avg_sq", "bound": "exp_avg_lr"}
 
 
@@ -24,13 +26,17 @@ def from_adam(adam_state: optax.OptState, state: optax.OptState) -> optax.OptSta
     Args:
       adam_state: A state that holds one of :func:`optax.scale_by_adam`, at any depth:
         of :func:`optax.adam`, of :func:`optax.adamw`, of a chain, or the
-        ``opt_state`` of a Flax ``nnx.Optimizer``.
+        ``opt_state`` of a Flax ``nnx.Optimizer``. That of :func:`optax.adamax` or
+        :func:`optax.yogi` looks the same and means something else.
       state: A fresh ``tx.init(params)``, where ``tx`` holds one AdaMod, or the
         ``opt_state`` of the new ``nnx.Optimizer``.
 
     Returns:
-      ``state`` with Adam's averages, in the dtypes and on the devices that it has, and
-      with Adam's step in every ``count``, so that schedules go on where they were.
+      ``state`` with Adam's averages, in the dtypes and on the devices that it has, at
+      Adam's step. Schedules and :func:`optax.inject_hyperparams` go on where they
+      were: at the step of their counterpart in ``adam_state``, or at Adam's. All else
+      is as in ``state``, such as the gradients that :func:`optax.MultiSteps` has
+      accumulated: convert between two updates.
 
     Raises:
       ValueError: If either state holds no such optimizer or several, or if they are of
@@ -62,8 +68,10 @@ def from_adam(adam_state: optax.OptState, state: optax.OptState) -> optax.OptSta
     fresh = _only(state, "state", ScaleByAdamodState)
     mu = _like(fresh.mu, adam.mu, "adam_state's mu")
     nu = _like(fresh.nu, adam.nu, "adam_state's nu")
-    (count,) = jax.tree.leaves(adam.count)
-    return _replaced(state, fresh._replace(mu=mu, nu=nu), count)
+    (step,) = jax.tree.leaves(adam.count)
+    return _replaced(
+        state, fresh._replace(mu=mu, nu=nu), step, dict(_counters(adam_state))
+    )
 
 
 def from_torch(
@@ -90,8 +98,8 @@ def from_torch(
         Flax ``nnx.Optimizer``.
 
     Returns:
-      ``state`` with the averages, in the dtypes and on the devices that it has, and
-      with the step in every ``count``, so that schedules go on where they were.
+      ``state`` with the averages, in the dtypes and on the devices that it has, at
+      PyTorch's step, where schedules and :func:`optax.inject_hyperparams` go on too.
 
     Raises:
       ValueError: If ``state_dict`` is not that of an AdaMod, lacks an average or holds
@@ -134,39 +142,76 @@ def _only(state: Any, name: str, kind: type) -> Any:
     ]
     if len(found) != 1:
         raise ValueError(
-            f"{name} must hold one {kind.__name__}, and holds {len(found)}."
+            f"{name} must hold one {kind.__name__}, and holds {len(found)}: pass the "
+            "part of it that does."
         )
+    if any(map(jnp.ndim, jax.tree.leaves(found[0].count))):
+        raise ValueError(f"{name} is a stack of states: convert it under jax.vmap.")
     return found[0]
 
 
+def _counters(state: Any, prefix: str = "") -> Iterator[tuple[Any, Any]]:
+    """The step of every state that counts steps, by its place and kind."""
+    leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=_is_counter)
+    for path, x in leaves:
+        if _is_counter(x):
+            place = prefix + jax.tree_util.keystr(path)
+            (step,) = jax.tree.leaves(x.count)
+            yield (place, type(x)), step
+            if isinstance(x, _INJECTED):
+                yield from _counters(x.inner_state, f"{place}.inner_state")
+
+
+def _is_counter(x: Any) -> bool:
+    return isinstance(x, (ScaleByAdamodState, optax.ScaleByScheduleState, *_INJECTED))
+
+
 def _replaced(
-    state: optax.OptState, adamod: ScaleByAdamodState, step: jax.typing.ArrayLike
+    state: optax.OptState,
+    adamod: ScaleByAdamodState,
+    step: jax.typing.ArrayLike,
+    steps: Mapping[Any, Any] = MappingProxyType({}),
+    prefix: str = "",
 ) -> optax.OptState:
-    """Returns ``state`` with this AdaMod in it, and the step in every ``count``."""
+    """Returns ``state`` with this AdaMod in it, its schedules at their ``steps``.
 
-    def is_adamod(x: Any) -> bool:
-        return isinstance(x, ScaleByAdamodState)
+    Those at a place that ``steps`` does not have are at ``step``.
+    """
 
-    def replace(path: tuple[Any, ...], x: Any) -> Any:
-        if is_adamod(x):
-            return jax.tree.map_with_path(set_count, adamod)
-        return set_count(path, x)
-
-    def set_count(path: tuple[Any, ...], x: Any) -> Any:
-        # A field of a state. A parameter may have this name, and is no integer.
-        is_count = jax.tree_util.GetAttrKey("count") in path[-2:]
-        if is_count and jnp.issubdtype(jnp.result_type(x), jnp.integer):
-            return _placed(jnp.asarray(step), x)
+    def replace(path: Any, x: Any) -> Any:
+        if not _is_counter(x):
+            return x
+        place = prefix + jax.tree_util.keystr(path)
+        if isinstance(x, ScaleByAdamodState):
+            return adamod._replace(count=counted(step, x.count))
+        here = steps.get((place, type(x)), step)
+        if isinstance(x, optax.ScaleByScheduleState):
+            return x._replace(count=counted(here, x.count))
+        inner_place = f"{place}.inner_state"
+        inner = _replaced(x.inner_state, adamod, step, steps, inner_place)
+        x = x._replace(count=counted(here, x.count), inner_state=inner)
+        if isinstance(x, optax.InjectStatefulHyperparamsState):
+            states = jax.tree.map_with_path(
+                lambda path, y: (
+                    counted(here, y)
+                    if jax.tree_util.GetAttrKey("count") in path[-2:]
+                    else y
+                ),
+                x.hyperparams_states,
+            )
+            x = x._replace(hyperparams_states=states)
         return x
 
-    # Not by optax.tree.set, which passes over a count deep below another.
-    return jax.tree.map_with_path(replace, state, is_leaf=is_adamod)
+    def counted(step: Any, count: Any) -> Any:
+        return jax.tree.map(lambda old: _placed(jnp.asarray(step), old), count)
+
+    return jax.tree.map_with_path(replace, state, is_leaf=_is_counter)
 
 
 def _placed(new: Any, old: Any) -> jax.Array:
     """Returns ``new`` in the dtype of ``old``, and where that is."""
     new = new.astype(old.dtype)
-    if isinstance(old, jax.core.Tracer) or not old.committed:
+    if isinstance(old, jax.core.Tracer) or not getattr(old, "committed", False):
         return jnp.asarray(new)
     return jax.device_put(new, old.sharding)
 
@@ -246,6 +291,11 @@ def _like(fresh: optax.Updates, tree: optax.Updates, name: str) -> optax.Updates
             raise ValueError(
                 f"{name} at {jax.tree_util.keystr(path)} has shape {jnp.shape(new)}, "
                 f"and the parameter has {old.shape}."
+            )
+        if jnp.iscomplexobj(new) and not jnp.iscomplexobj(old):
+            raise ValueError(
+                f"{name} at {jax.tree_util.keystr(path)} is complex, and the parameter "
+                "is real."
             )
         return _placed(new if isinstance(new, jax.Array) else np.asarray(new), old)
 

@@ -32,11 +32,11 @@ def random_bits(
     """
     row, column = _row_and_column(shape)
     # All that is computed is computed of rows and columns together: what depends on
-    # one of them alone XLA would compute in a kernel of its own. The step changes all
-    # bits before the first mix: added to the word later, it would let coordinates of
-    # one row ^ column take turns with the same bits.
+    # one of them alone XLA would compute in a kernel of its own. The step is mixed, and
+    # enters before the first mix: added to the word later, as it is, it would let
+    # coordinates of one row ^ column take turns with the same bits.
     step = jax.lax.bitcast_convert_type(jnp.asarray(count, jnp.int32), jnp.uint32)
-    step *= _u32(0xD1B54A35)
+    step = _mix(step)
     # Behind the barrier the leaf is no constant of its kernel: leaves of one shape then
     # have the same kernel, which is compiled once.
     seed = jax.lax.optimization_barrier(
@@ -58,6 +58,9 @@ def store(x: jax.Array, stored: jax.Array, bits: jax.Array | None) -> jax.Array:
     if _is_rounded(stored):
         assert bits is not None
         return stochastic_round(x, bits)
+    if stored.dtype == jnp.float16:  # whose largest number is 65504
+        largest = jnp.finfo(jnp.float16).max.astype(x.dtype)
+        x = jnp.where(jnp.isfinite(x), jnp.clip(x, -largest, largest), x)
     return x.astype(stored.dtype)
 
 

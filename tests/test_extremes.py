@@ -145,6 +145,24 @@ def test_the_largest_gradients_make_nothing_nan(dtype, b, convention):
             chex.assert_tree_all_finite((state.mu, state.bound))
 
 
+@pytest.mark.parametrize("size", [7e5, 3e38])
+def test_gradients_that_float16_does_not_hold(size):
+    """``mu`` keeps the largest number that it can, and training goes on."""
+    gradients = jnp.asarray([[-size], *[[1.0]] * 200])
+    updates, state = steps(scale_by_adamod(mu_dtype="float16"), gradients)
+    chex.assert_tree_all_finite((updates, state.mu))
+    assert state.mu[0] == pytest.approx(1.0, rel=0.01)
+
+
+@pytest.mark.parametrize("learning_rate", [0.1, -0.1])
+def test_rates_that_are_infinite_for_a_step(learning_rate):
+    """Without eps, where a coordinate had no gradient: it goes on either way."""
+    tx = optax.chain(adamod(learning_rate, b3=0.9, eps=0.0), optax.zero_nans())
+    updates, _ = steps(tx, jnp.asarray([[0.0], *[[1.0]] * 9]))
+    assert np.all(updates[0] == 0)
+    assert np.all(updates[1:] * np.sign(learning_rate) < -0.05)
+
+
 @CONVENTIONS
 def test_the_rate_holds_as_far_as_the_square(convention):
     """1.8e19 is the root of the largest float32."""

@@ -11,7 +11,13 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from optax_adamod import adamod, adamodw, from_adam, scale_by_adamod
+from optax_adamod import (
+    ScaleByAdamodState,
+    adamod,
+    adamodw,
+    from_adam,
+    scale_by_adamod,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 SCHEDULE = optax.linear_schedule(0.1, 0.0, 50)
@@ -100,10 +106,10 @@ def test_state_of_adam(chain, names):
     chex.assert_trees_all_equal(ours.mu, adam.mu)
     chex.assert_trees_all_equal(ours.nu, adam.nu)
     assert not any(np.any(x) for x in jax.tree.leaves(ours.bound))
-    assert set(counts(state)) == {3}
-    assert len(counts(state)) == len(counts(fresh))
+    steps = counts(state)
+    assert steps == [0 if chain == "chain" and i == 0 else 3 for i in range(len(steps))]
     _, state = after.update(params, state, params)
-    assert set(counts(state)) == {4}
+    assert counts(state) == [step + 1 for step in steps]
 
 
 def test_without_a_bound_it_is_adam_that_goes_on():
@@ -146,6 +152,51 @@ def test_under_jit():
     chex.assert_trees_all_equal(
         jitted(adam_state, params), from_adam(adam_state, tx.init(params))
     )
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx, other: optax.chain(tx, optax.contrib.reduce_on_plateau(0.5, 2)),
+        lambda tx, other: optax.chain(optax.ema(0.9), tx),
+        lambda tx, other: optax.MultiSteps(tx, 4),
+        lambda tx, other: optax.apply_if_finite(tx, 3),
+        lambda tx, other: optax.partition({"w": tx, "b": other}, {"w": "w", "b": "b"}),
+    ],
+    ids=["plateau", "ema", "MultiSteps", "apply_if_finite", "another optimizer"],
+)
+def test_what_counts_something_else_stays_as_it_is(wrap):
+    def others(state):
+        leaves = jax.tree.leaves(
+            state, is_leaf=lambda x: isinstance(x, ScaleByAdamodState)
+        )
+        return [x for x in leaves if not isinstance(x, ScaleByAdamodState)]
+
+    params = PARAMS["plain"]
+    before = wrap(optax.adam(0.1), optax.sgd(0.1)).init(params)
+    before = optax.tree.set(before, count=jnp.asarray(9, jnp.int32))
+    fresh = wrap(adamod(0.1), optax.adam(0.1)).init(params)
+    state = from_adam(before, fresh)
+    assert the(state, "ScaleByAdamodState").count == 9
+    chex.assert_trees_all_equal(others(state), others(fresh))
+
+
+def test_a_schedule_goes_on_at_its_own_step():
+    """That of the mini-steps, outside ``MultiSteps``, and not Adam's."""
+
+    def accumulated(optimizer):
+        return optax.inject_hyperparams(
+            lambda lr: optax.MultiSteps(optimizer(lr), 4).gradient_transformation()
+        )(lr=optax.linear_schedule(1.0, 0.0, 100))
+
+    params = PARAMS["plain"]
+    before = follow(accumulated(optax.adam), params, steps=8)
+    tx = accumulated(adamod)
+    state = from_adam(before, tx.init(params))
+    assert state.count == before.count == 8
+    assert the(state, "ScaleByAdamodState").count == 2
+    _, state = tx.update(params, state, params)
+    assert state.hyperparams["lr"] == pytest.approx(0.92)
 
 
 class Encoder(nnx.Module):
@@ -221,8 +272,18 @@ def test_parameters_that_are_a_dataclass():
             adamod(0.1).init({"a": jnp.ones(3)}),
             r"adam_state's mu at \['a'\] has shape \(2,\), and the parameter has",
         ),
+        (
+            optax.adam(0.1).init({"a": jnp.ones(2, complex)}),
+            adamod(0.1).init({"a": jnp.ones(2)}),
+            r"adam_state's mu at \['a'\] is complex, and the parameter is real",
+        ),
+        (
+            jax.vmap(optax.adam(0.1).init)(jnp.ones((3, 2))),
+            adamod(0.1).init(jnp.ones((3, 2))),
+            "adam_state is a stack of states: convert it under jax.vmap",
+        ),
     ],
-    ids=["of SGD", "several", "swapped", "structure", "shape"],
+    ids=["of SGD", "several", "swapped", "structure", "shape", "complex", "stack"],
 )
 def test_other_states_are_refused(adam_state, state, message):
     with pytest.raises(ValueError, match=message):

@@ -226,6 +226,22 @@ def test_bits_of_huge_leaves_do_not_repeat(shape, windows):
         assert np.sum(a[:n] == b[:n]) <= 1
 
 
+def test_steps_are_no_shifts_of_each_other():
+    """An odd constant for each step would make them so: 11 of the old one's is this."""
+    shift = 11 * 0xD1B54A35 % 2**32
+    shape, n = (shift + 1000,), 1000
+
+    def window(count, start):
+        bits = jax.jit(lambda: _storage.random_bits(shape, count, 0)[2][start:][:n])
+        return np.asarray(bits())
+
+    assert np.sum(window(1011, 0) == window(1000, shift)) <= 2
+    for lag in (1, 2, 64):  # of coordinates close by
+        now, later = window(1000, 0), window(1000 + lag, 0)
+        for d in range(-3, 4):
+            assert np.sum(now[10:-10] == later[10 + d : n - 10 + d]) <= 2
+
+
 def trajectory(gradients_of, steps, coordinates, wrap=lambda tx: tx, **settings):
     """Returns the last state and the mean |update| of the last tenth of the steps."""
     tx = wrap(scale_by_adamod(**settings))
