@@ -13,16 +13,14 @@ checkpoint. With no option it runs here, on the accelerators or on 8 simulated d
 The output folder must be one that all machines share. SIGTERM, by which schedulers
 announce that a machine is taken away, saves and ends with exit code 0.
 
-A checkpoint of ``optax.adam`` lacks ``bound``. What it has goes on under AdaMod, with a
-bound that opens anew, where ``adam_state`` was restored with ``optax.adam``'s own tree
-and ``tx`` is the new optimizer:
+To continue from a checkpoint of ``optax.adam``, restore it with a template that
+``optax.adam`` makes, as ``adam_state``. With ``tx`` the new optimizer:
 
-    ((_, adam),) = optax.tree.get_all_with_path(adam_state, "ScaleByAdamState")
-    state = tx.init(params)
-    for name in ("mu", "nu"):
-        average = optax.tree.cast_like(getattr(adam, name), optax.tree.get(state, name))
-        state = optax.tree.set(state, **{name: average})
-    state = optax.tree.set(state, count=adam.count)
+    from optax_adamod import from_adam
+
+    state = from_adam(adam_state, tx.init(params))
+
+The bound then opens from zero, as at the start of a run.
 """
 
 import dataclasses
