@@ -51,9 +51,9 @@ def _update_leaf(step, place, g, mu, nu, bound):
 
 
 def _advance(average, stored, new, bits):
-    """Moves an average towards ``new``; returns it as stored, and as that says.
+    """Moves an average towards ``new``; returns it as stored, and as loaded again.
 
-    The update uses what is stored, so that the state alone says which rates it used.
+    The update uses what is stored, so that the state shows which rates it used.
     """
     moved = average(_storage.load(stored, new.dtype), new)
     stored = _storage.store(moved, stored, bits)
@@ -63,8 +63,8 @@ def _advance(average, stored, new, bits):
 class _Average(NamedTuple):
     """``b * old + (1 - b) * new``, exact in the smaller of ``b`` and ``1 - b``."""
 
-    keep: jax.typing.ArrayLike  # b, and 1 where the average leans on its old value
-    lean: jax.typing.ArrayLike  # 1/2 there, else 0
+    keep: jax.typing.ArrayLike  # 1 for b >= 1/2, else b
+    lean: jax.typing.ArrayLike  # 1/2 for b >= 1/2, else 0
     gain: jax.typing.ArrayLike  # 2 (1 - b)
 
     @classmethod
@@ -76,13 +76,15 @@ class _Average(NamedTuple):
         return cls(jnp.where(near, 1, b), lean, 2 * (1 - b))
 
     def __call__(self, old: jax.Array, new: jax.Array) -> jax.Array:
-        """``old + (1 - b) * (new - old)`` for ``b >= 0.5``.
+        """Returns ``old + (1 - b) * (new - old)`` for ``b >= 0.5``.
 
-        By halves, for the difference of two finite numbers may be infinite.
+        It subtracts halves, because the difference of two finite numbers may be
+        infinite.
         """
         kept, finite = self.keep * old, old
         if not jnp.iscomplexobj(old):
-            # What overflowed stays so. Less infinity, or times 0, it would be NaN.
+            # An infinite average stays infinite: infinity minus infinity, or times 0,
+            # would be NaN.
             largest = jnp.finfo(old.dtype).max
             finite = jnp.clip(old, -largest, largest)
             kept = self.keep * finite + (old - finite)
@@ -102,10 +104,11 @@ class _Rate(NamedTuple):
         return jnp.divide(self.numerator, root + self.eps)
 
     def respelled(self) -> "_Rate":
-        """The same rate, by halves of numerator and denominator.
+        """Returns the same rate, with numerator and denominator scaled by 1/2.
 
-        A root with two uses XLA on CPU writes to memory, which takes longer than the
-        rest of the update. It does not see that this one is the same.
+        Scaling both leaves the rate unchanged but stops XLA on CPU from merging it with
+        the rate in the bound. Merged, XLA would write the root to memory, which takes
+        longer than the rest of the update.
         """
         return _Rate(
             0.5 * self.numerator,
@@ -124,7 +127,7 @@ class _BoundPerAlpha(NamedTuple):
     @classmethod
     def of(cls, alpha: jax.Array) -> "_BoundPerAlpha":
         largest, tiny = (getattr(jnp.finfo(alpha.dtype), x) for x in ("max", "tiny"))
-        # At alpha = 0, by which the chain scales, nothing bounds: the update is Adam's.
+        # At alpha = 0 there is no bound: the update is Adam's, and the chain scales it.
         is_zero = jnp.abs(alpha) < tiny
         factor = 1 / jnp.where(is_zero, 1, jnp.abs(alpha))
         return cls(factor, jnp.where(is_zero, largest, 0))
@@ -134,15 +137,16 @@ class _BoundPerAlpha(NamedTuple):
 
 
 class _Momentum(NamedTuple):
-    """The bias-corrected average of the gradients, with Nesterov's look ahead."""
+    """The bias-corrected average of the gradients, with Nesterov's look-ahead."""
 
     of_m: jax.typing.ArrayLike
     of_g: jax.Array | None
 
     def __call__(self, m: jax.Array, g: jax.Array, *, times: jax.Array) -> jax.Array:
-        """Where a square overflows the rate is 0, and momentum alone may be infinite.
+        """Returns the momentum times a rate.
 
-        So the rate goes first.
+        The rate comes first: where a square overflows it is 0, while the momentum alone
+        may be infinite.
         """
         rate = times
         update = (rate * self.of_m).astype(m.dtype) * m
@@ -168,7 +172,7 @@ class _Step(NamedTuple):
 
 
 class Hyperparameters(NamedTuple):
-    """What is set for a whole run, checked; numbers are Python floats."""
+    """The settings of a whole run, checked; numbers are Python floats."""
 
     b1: float | jax.Array
     b2: float | jax.Array
@@ -214,7 +218,7 @@ class Hyperparameters(NamedTuple):
         if self.convention == "paper":
             m_hat = _Momentum(m_correction, None)
             eta_per_alpha = _Rate(1.0, v_correction, eps, eps_root)
-        else:  # both corrections are the rate's
+        else:  # both corrections are inside the rate
             m_hat = _Momentum(1.0, None)
             corrections = m_correction * jax.lax.rsqrt(v_correction)
             eta_per_alpha = _Rate(corrections, 1.0, eps, eps_root)
@@ -234,23 +238,23 @@ class Hyperparameters(NamedTuple):
 
 
 def _bias_correction(b: float | jax.Array, t: jax.Array) -> jax.Array:
-    """``1 / (1 - b**t)``, without the cancellation where ``b**t`` is near 1."""
+    """Returns ``1 / (1 - b**t)`` without cancellation where ``b**t`` is near 1."""
     if isinstance(b, float):
         return -1 / jnp.expm1(t * math.log(b)) if b > 0 else jnp.ones_like(t)
-    # Where b**t is not near 1 as the power that it is: at 0 log b has no derivative.
+    # For b < 1/2 use the power itself: at b = 0, log b has no derivative.
     near = b >= 0.5
     complement = -jnp.expm1(t * jnp.log(jnp.where(near, b, 0.5)))
     return 1 / jnp.where(near, complement, 1 - jnp.where(near, 0, b) ** t)
 
 
 def real_dtype(*values: Any) -> np.dtype:
-    """The real dtype of the arithmetic on ``values``: theirs, in at least float32."""
+    """Returns the real dtype for arithmetic on ``values``: theirs, or float32."""
     bits = max(jnp.finfo(jnp.result_type(x)).bits for x in values)
     return np.dtype(np.float64 if bits == 64 else np.float32)
 
 
 def _zeros_like(param: Any, dtype: np.dtype) -> jax.Array:
-    """Zeros placed as ``param``: its shards, and its kind of memory."""
+    """Returns zeros with the shards and the kind of memory of ``param``."""
     if isinstance(param, jax.Array) and not isinstance(param, jax.core.Tracer):
         sharding = param.sharding
         default = next(iter(sharding.device_set)).default_memory().kind
@@ -259,8 +263,8 @@ def _zeros_like(param: Any, dtype: np.dtype) -> jax.Array:
             and sharding.num_devices > 1
         )
         if sharded or sharding.memory_kind not in (None, default):
-            # Outside jit, jnp.zeros_like makes them all on one device, and copies; in
-            # another memory than the device's own it fails.
+            # Outside jit, jnp.zeros_like makes all zeros on one device and copies them.
+            # In memory that is not the device's own it fails.
             zeros_like = jax.jit(
                 jnp.zeros_like, static_argnames="dtype", out_shardings=sharding
             )
@@ -293,18 +297,18 @@ def scale_by_adamod(
 ) -> optax.GradientTransformation:
     r"""Rescale updates according to the AdaMod algorithm.
 
-    See :func:`optax_adamod.adamod` for the equations. This transformation emits the
+    See :func:`optax_adamod.adamod` for the equations. This transformation returns the
     update per unit of learning rate,
 
     .. math::
 
       \min(\eta_t, s_t) / \alpha_t \cdot \hat{m}_t,
 
-    so that it stands in a chain where :func:`optax.scale_by_adam` would.
+    so it takes the place of :func:`optax.scale_by_adam` in a chain.
 
-    With a constant learning rate :math:`\alpha` cancels, and ``bound_learning_rate``
-    need not be given. A schedule does not cancel, for the bound averages the rates of
-    many steps: hand the same schedule to ``bound_learning_rate`` and to
+    A constant learning rate :math:`\alpha` cancels, so ``bound_learning_rate`` is not
+    needed for one. A schedule does not cancel, because the bound averages the rates of
+    many steps: pass the same schedule to ``bound_learning_rate`` and to
     :func:`optax.scale_by_learning_rate`.
 
     Args:
@@ -322,8 +326,8 @@ def scale_by_adamod(
       nu_dtype: Dtype of ``nu``, 'bfloat16', 'float32' or 'float64'; None for the
         parameters' real dtype, in at least float32.
       bound_dtype: Dtype of ``bound``, as ``nu_dtype``.
-      bound_learning_rate: Learning rate inside the bound, in parameter units per unit
-        of normalised gradient: a scalar, or a schedule from the step count to one.
+      bound_learning_rate: Learning rate inside the bound, a scalar, or a schedule from
+        the step count to one; in parameter units per unit of normalised gradient.
       convention: 'paper' for Algorithm 1 of the paper, 'torch' for the authors'
         PyTorch release.
 
@@ -331,14 +335,14 @@ def scale_by_adamod(
       The corresponding :class:`optax.GradientTransformation`.
 
     Raises:
-      ValueError: If a number is out of its range, as far as its value is known outside
-        a running program; if ``convention`` is unknown, or ``nesterov`` is combined
-        with ``convention='torch'``. From ``update``, if the updates have another
-        structure or other shapes than the state, or the state is a stack of states.
-      TypeError: If an argument is no number; if a decay rate or an epsilon is
+      ValueError: If a number whose value is known is out of its range (a traced number
+        passes); if ``convention`` is unknown, or ``nesterov`` is combined with
+        ``convention='torch'``. From ``update``, if structures or shapes of the updates
+        and the state differ, or the state is a stack of states.
+      TypeError: If an argument is not a number; if a decay rate or an epsilon is
         an array of less than 32 bits, or an accumulator cannot have its dtype.
-        From ``init``, if a parameter is neither floating nor complex; from ``update``,
-        if a gradient is not what its parameter is, or the state is not AdaMod's.
+        From ``init``, if a parameter is neither floating nor complex. From ``update``,
+        if a gradient and its parameter differ in kind, or the state is not AdaMod's.
 
     Examples:
       >>> import jax
@@ -415,7 +419,7 @@ def scale_by_adamod(
         _checks.same_structure(gradients, treedef, averages)
         stored = zip(*map(treedef.flatten_up_to, averages.values()), strict=True)
         leaves = []
-        # Widening is meant here, where the user's own code may forbid it.
+        # Widening is intended here, even if the user's code forbids it.
         with jax.numpy_dtype_promotion("standard"):
             for index, ((path, g), leaf) in enumerate(
                 zip(gradients, stored, strict=True)
@@ -451,12 +455,12 @@ def adamod(
 ) -> optax.GradientTransformationExtraArgs:
     r"""The AdaMod optimizer.
 
-    AdaMod is Adam with a bound on its learning rates. Adam divides by an average of
-    few squared gradients early on, and some coordinates then take steps from which
+    AdaMod is Adam with a bound on its learning rates. In its first steps Adam divides
+    by an average of few squared gradients. Some coordinates then take steps from which
     training never recovers, unless a warm-up keeps the learning rate small. AdaMod
-    averages the learning rate of each coordinate over time and lets no step take a
-    larger one than that average. Since the average starts at zero, every coordinate
-    warms up over about :math:`1/(1-\beta_3)` steps, with no schedule.
+    averages the learning rate of each coordinate over time, and no step takes a larger
+    rate than this average, the bound. The bound starts at zero, so every coordinate
+    warms up over about :math:`1/(1-\beta_3)` steps, without a schedule.
 
     Let :math:`\alpha_t` represent the learning rate and :math:`\beta_1, \beta_2,
     \beta_3, \varepsilon, \bar{\varepsilon}` the arguments ``b1``, ``b2``, ``b3``,
@@ -477,9 +481,9 @@ def adamod(
         u_t &\leftarrow -\min(\eta_t, s_t) \cdot \hat{m}_t.
       \end{align*}
 
-    With :math:`\beta_3 = 0` this is Adam. The bound
-    :math:`s_t` is not bias-corrected. It averages :math:`\alpha_t` too, so that under
-    a schedule it remembers the learning rates of the last :math:`1/(1-\beta_3)` steps.
+    With :math:`\beta_3 = 0` this is Adam. The bound :math:`s_t` has no bias correction.
+    It averages :math:`\alpha_t` too, so under a schedule it remembers the learning
+    rates of about the last :math:`1/(1-\beta_3)` steps.
     Where :math:`\alpha_t` is negative, so is :math:`\eta_t`; the bound then acts on
     magnitudes, :math:`\operatorname{sign}(\alpha_t) \min(|\eta_t|, |s_t|)`.
 
@@ -490,9 +494,9 @@ def adamod(
       \hat{m}_t \leftarrow
         \beta_1 m_t / (1-\beta_1^{t+1}) + (1-\beta_1) g_t / (1-\beta_1^t).
 
-    With ``convention='torch'``, as in the authors' PyTorch release, from which the
-    paper's results come, both bias corrections are part of the averaged rate, and
-    :math:`\varepsilon` is not corrected:
+    The authors' PyTorch code, from which the paper's results come, differs from the
+    paper; ``convention='torch'`` reproduces it. Both bias corrections are inside the
+    averaged rate, and :math:`\varepsilon` is not corrected:
 
     .. math::
 
@@ -502,16 +506,16 @@ def adamod(
         u_t &\leftarrow -\min(\eta_t, s_t) \cdot m_t.
       \end{align*}
 
-    Averages in bfloat16 are rounded stochastically: to nearest they would stop at a
-    fraction of their value, where a step is less than half the spacing of bfloat16.
-    The random bits are a hash of step, leaf and coordinate, the same on every sharding
-    and after a restart. Inside ``shard_map`` and ``pmap`` a coordinate is counted
-    within its shard, and inside ``vmap`` within its member, so that all shards and
-    members round by the same bits. Final losses of a Post-LN Transformer over 3 seeds,
-    from ``python examples/low_precision_state.py --steps 600 --seeds 3``:
+    AdaMod rounds averages in bfloat16 stochastically. Rounded to nearest, they would
+    stop at a fraction of their value, where a step is less than half the spacing of
+    bfloat16. The random bits are a hash of step, leaf and coordinate, the same on every
+    sharding and after a restart. Inside ``shard_map`` and ``pmap`` the coordinates are
+    numbered within a shard, and inside ``vmap`` within a member, so all shards and
+    members round by the same bits. Final losses of a Post-LN Transformer, mean and
+    range of 3 seeds (``python -m experiments.low_precision --steps 600 --seeds 3``):
 
     ============================  =================  ======================
-    averages                      bytes a parameter  final loss, nats
+    averages                      bytes/parameter    final loss, nats
     ============================  =================  ======================
     float32                       12                 1.663 (1.652 to 1.678)
     bfloat16 mu and bound         8                  1.664 (1.652 to 1.685)
@@ -522,7 +526,7 @@ def adamod(
     Args:
       learning_rate: A scalar, or a schedule from the step count to one; in parameter
         units per unit of normalised gradient. A coordinate moves by about this much
-        per step, once the bound has opened. A negative one ascends, bounded alike.
+        per step once the bound is open. A negative one ascends, bounded alike.
       b1: Decay rate of the average of the gradients, in [0, 1).
       b2: Decay rate of the average of the squared gradients, in [0, 1).
       b3: Decay rate of the average of the learning rates, 0 or in [1e-3, 1). The
@@ -544,14 +548,14 @@ def adamod(
       The corresponding :class:`optax.GradientTransformationExtraArgs`.
 
     Raises:
-      ValueError: If a number is out of its range, as far as its value is known outside
-        a running program; if ``convention`` is unknown, or ``nesterov`` is combined
-        with ``convention='torch'``. From ``update``, if the updates have another
-        structure or other shapes than the state, or the state is a stack of states.
-      TypeError: If an argument is no number; if a decay rate or an epsilon is
+      ValueError: If a number whose value is known is out of its range (a traced number
+        passes); if ``convention`` is unknown, or ``nesterov`` is combined with
+        ``convention='torch'``. From ``update``, if structures or shapes of the updates
+        and the state differ, or the state is a stack of states.
+      TypeError: If an argument is not a number; if a decay rate or an epsilon is
         an array of less than 32 bits, or an accumulator cannot have its dtype.
-        From ``init``, if a parameter is neither floating nor complex; from ``update``,
-        if a gradient is not what its parameter is, or the state is not AdaMod's.
+        From ``init``, if a parameter is neither floating nor complex. From ``update``,
+        if a gradient and its parameter differ in kind, or the state is not AdaMod's.
 
     Examples:
       >>> import jax
@@ -585,10 +589,10 @@ def adamod(
       `The authors' PyTorch release <https://pypi.org/project/adamod/>`_, 2019
 
     .. note::
-      :func:`optax.inject_hyperparams` takes a callable for a schedule, so give it
+      :func:`optax.inject_hyperparams` takes every callable for a schedule, so pass
       dtypes as strings, ``mu_dtype='bfloat16'``. It turns ``b3`` into a float32 array,
-      in which :math:`1-\beta_3` is off by 1e-5 of itself at 0.999 and by 2e-4 at
-      0.9999; name ``b3`` in ``static_args`` for the exact value.
+      in which :math:`1-\beta_3` has a relative error of 1e-5 at 0.999 and of 2e-4 at
+      0.9999. Name ``b3`` in ``static_args`` to keep its exact value.
 
     .. seealso:: :func:`optax_adamod.adamodw`, :func:`optax_adamod.scale_by_adamod`,
       :func:`optax.adam`.
@@ -630,21 +634,21 @@ def adamodw(
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdaMod with decoupled weight decay.
 
-    The update is that of :func:`optax_adamod.adamod`, where the symbols are explained,
-    and in the same step the parameters decay by the learning rate times
-    ``weight_decay``, :math:`\lambda`:
+    The update is that of :func:`optax_adamod.adamod`, which explains the symbols. In
+    the same step the parameters decay by the learning rate times ``weight_decay``,
+    :math:`\lambda`:
 
     .. math::
 
       u_t \leftarrow -\min(\eta_t, s_t) \cdot \hat{m}_t
         - \alpha_t \cdot \lambda \cdot \theta_{t-1}.
 
-    The bound does not touch the decay, as in the authors' release.
+    The bound does not limit the decay, as in the authors' release.
 
     Args:
       learning_rate: A scalar, or a schedule from the step count to one; in parameter
         units per unit of normalised gradient. A coordinate moves by about this much
-        per step, once the bound has opened. A negative one ascends, bounded alike.
+        per step once the bound is open. A negative one ascends, bounded alike.
       b1: Decay rate of the average of the gradients, in [0, 1).
       b2: Decay rate of the average of the squared gradients, in [0, 1).
       b3: Decay rate of the average of the learning rates, 0 or in [1e-3, 1). The
@@ -657,9 +661,9 @@ def adamodw(
         the parameters' own. For a complex parameter it is the precision.
       weight_decay: Strength of the weight decay, per unit of learning rate: a scalar,
         or a schedule from the step count to one.
-      mask: A tree with the structure of the parameters, or a prefix of it, with
-        booleans for leaves, or a function from the parameters to such a tree. True
-        for the leaves that decay; None for all of them.
+      mask: A tree of booleans with the structure of the parameters or a prefix of it,
+        or a function from the parameters to such a tree. True for the leaves that
+        decay; None for all leaves.
       nesterov: Whether to use Nesterov momentum, with ``convention='paper'`` only.
       nu_dtype: Dtype of the average of the squared gradients, 'bfloat16', 'float32' or
         'float64'; None for the parameters' real dtype, in at least float32.
@@ -671,14 +675,14 @@ def adamodw(
       The corresponding :class:`optax.GradientTransformationExtraArgs`.
 
     Raises:
-      ValueError: If a number is out of its range, as far as its value is known outside
-        a running program; if ``convention`` is unknown, or ``nesterov`` is combined
-        with ``convention='torch'``. From ``update``, if the updates have another
-        structure or other shapes than the state, or the state is a stack of states.
-      TypeError: If an argument is no number; if a decay rate or an epsilon is
+      ValueError: If a number whose value is known is out of its range (a traced number
+        passes); if ``convention`` is unknown, or ``nesterov`` is combined with
+        ``convention='torch'``. From ``update``, if structures or shapes of the updates
+        and the state differ, or the state is a stack of states.
+      TypeError: If an argument is not a number; if a decay rate or an epsilon is
         an array of less than 32 bits, or an accumulator cannot have its dtype.
-        From ``init``, if a parameter is neither floating nor complex; from ``update``,
-        if a gradient is not what its parameter is, or the state is not AdaMod's.
+        From ``init``, if a parameter is neither floating nor complex. From ``update``,
+        if a gradient and its parameter differ in kind, or the state is not AdaMod's.
 
     Examples:
       >>> import jax

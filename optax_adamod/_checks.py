@@ -1,4 +1,4 @@
-"""What the optimizer refuses, and how it says so."""
+"""The inputs that the library refuses, and its error messages."""
 
 import math
 from typing import Any
@@ -21,7 +21,7 @@ def decay_rate(name: str, value: Any) -> float | jax.Array:
 
 
 def decay_rate_of_bound(name: str, value: Any) -> float | jax.Array:
-    """As :func:`decay_rate`; refuses an ``eps`` that stands in its position."""
+    """As :func:`decay_rate`; refuses an ``eps`` in the position of ``b3``."""
     value = decay_rate(name, value)
     # Not an array of JAX: a schedule under optax.inject_hyperparams may begin so low.
     if isinstance(value, float) and 0.0 < value < 1e-3:
@@ -53,7 +53,7 @@ def scalar_or_schedule(name: str, value: Any) -> Any:
 
 
 def at_count(name: str, value: Any, count: jax.Array) -> jax.typing.ArrayLike:
-    """Returns a learning rate, or what a schedule makes of ``count``."""
+    """Returns a learning rate, or the value of a schedule at ``count``."""
     if not callable(value):
         return value
     scheduled: Any = value(count)
@@ -78,13 +78,13 @@ def choice(name: str, value: str, accepted: tuple[str, ...]) -> str:
 
 
 def mu_dtype(dtype: Any) -> np.dtype | None:
-    """Returns the real dtype that ``mu_dtype`` asks for; None asks for nothing."""
+    """Returns the real dtype that ``mu_dtype`` asks for, or None for the default."""
     dtype = _dtype("mu_dtype", dtype, (*_FLOATS, *_COMPLEX), "")
     return None if dtype is None else jnp.finfo(dtype).dtype
 
 
 def rate_dtype(name: str, dtype: Any) -> np.dtype | None:
-    """Returns the dtype of ``nu`` or ``bound``; None asks for the default."""
+    """Returns the dtype of ``nu`` or ``bound``, or None for the default."""
     return _dtype(
         name,
         dtype,
@@ -95,7 +95,7 @@ def rate_dtype(name: str, dtype: Any) -> np.dtype | None:
 
 
 def parameters(params: Any) -> None:
-    """Refuses parameter leaves that have no moments."""
+    """Refuses parameter leaves that are neither floating nor complex."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = f"the parameter at params{jax.tree_util.keystr(path)}"
         accepted = ", ".join((*_FLOATS, *_COMPLEX))
@@ -133,7 +133,7 @@ def state_of_adamod(state: Any) -> None:
 def same_structure(
     gradients: list[tuple[Any, Any]], treedef: Any, averages: dict[str, Any]
 ) -> None:
-    """Refuses updates, flattened with their paths, of another tree than the state's."""
+    """Refuses updates, flattened with their paths, whose tree is not the state's."""
     for field, average in averages.items():
         try:
             entries = treedef.flatten_up_to(average)
@@ -142,7 +142,7 @@ def same_structure(
         else:
             problem = None
             for (path, g), entry in zip(gradients, entries, strict=True):
-                # None is a missing gradient, but not as the whole tree.
+                # None is a missing gradient, unless it is the whole tree.
                 missing = g is None and (bool(path) or entry is None)
                 if not missing and not jax.tree_util.all_leaves([entry]):
                     problem = f"updates{jax.tree_util.keystr(path)} is one array"
@@ -154,7 +154,7 @@ def same_structure(
 
 
 def gradient(path: Any, g: Any, **averages: jax.Array) -> None:
-    """Refuses a gradient that would broadcast against its state, or lose a part."""
+    """Refuses a gradient that would broadcast, or lose its imaginary part."""
     where = jax.tree_util.keystr(path)
     for field, average in averages.items():
         if jnp.shape(g) != jnp.shape(average):
@@ -172,7 +172,7 @@ def gradient(path: Any, g: Any, **averages: jax.Array) -> None:
 
 
 def same_shapes(adaptive: Any, bounded: Any) -> None:
-    """Refuses learning rates, with the bound and without, that differ in shape."""
+    """Refuses bounded and unbounded learning rates that differ in shape."""
     if jax.tree.structure(adaptive) != jax.tree.structure(bounded):
         raise ValueError(
             "rates.adaptive and rates.bounded differ in structure:\n"
@@ -189,7 +189,7 @@ def same_shapes(adaptive: Any, bounded: Any) -> None:
 
 
 def log10_edges(bins: Any) -> tuple[float, ...]:
-    """Returns the edges of a histogram, given by their powers of ten."""
+    """Returns the edges of a histogram from their powers of ten."""
     powers = np.asarray(bins, np.float64)
     increasing = powers.ndim == 1 and powers.size > 1 and np.all(np.diff(powers) > 0)
     # float32 holds no other powers of ten.
@@ -204,7 +204,7 @@ def log10_edges(bins: Any) -> tuple[float, ...]:
 def _scalar(
     name: str, value: Any, accepted: str, *, precise: bool = True
 ) -> tuple[Any, float | None]:
-    """Returns a float, or an array, and its value where that is known already."""
+    """Returns a float or an array, and its value if that is known."""
     if callable(value) and not hasattr(value, "__jax_array__"):
         raise TypeError(
             f"{name} must be {accepted}, got the function {_brief(value)}. To schedule "
@@ -236,12 +236,12 @@ def _scalar(
             "half-precision parameters, pass hyperparam_dtype=jnp.float32."
         )
     number = _number(value)
-    # What is no array of JAX is no tracer, and its number is known.
+    # Only a JAX array may be a tracer; of everything else the number is known.
     return (value, number) if isinstance(value, jax.Array) else (number, number)
 
 
 def _number(value: Any) -> float | None:
-    """The number that ``value`` is, unless only a running program knows it."""
+    """Returns ``value`` as a float, or None if only a running program knows it."""
     if isinstance(value, jax.core.Tracer):
         return None
     if isinstance(value, jax.Array) and not value.is_fully_addressable:

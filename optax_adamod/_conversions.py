@@ -19,9 +19,9 @@ _TORCH_NAMES = {"mu": "exp_avg", "nu": "exp_avg_sq", "bound": "exp_avg_lr"}
 def from_adam(adam_state: optax.OptState, state: optax.OptState) -> optax.OptState:
     """Turns the state of :func:`optax.adam` into one of AdaMod.
 
-    Adam's averages and its step are AdaMod's too. The bound, which Adam lacks, stays as
-    it is in ``state``: in a fresh one it is zero, and opens over ``1 / (1 - b3)``
-    steps, as at the start of a run.
+    The result has Adam's averages and step. Adam has no bound, so the bound stays as it
+    is in ``state``: in a fresh state it is zero and opens over ``1 / (1 - b3)`` steps,
+    as at the start of a run.
 
     Args:
       adam_state: A state that holds one of :func:`optax.scale_by_adam`, at any depth:
@@ -32,15 +32,15 @@ def from_adam(adam_state: optax.OptState, state: optax.OptState) -> optax.OptSta
         ``opt_state`` of the new ``nnx.Optimizer``.
 
     Returns:
-      ``state`` with Adam's averages, in the dtypes and on the devices that it has, at
+      ``state`` with Adam's averages, in the dtypes and on the devices of ``state``, at
       Adam's step. Schedules and :func:`optax.inject_hyperparams` go on where they
       were: at the step of their counterpart in ``adam_state``, or at Adam's. All else
       is as in ``state``, such as the gradients that :func:`optax.MultiSteps` has
       accumulated: convert between two updates.
 
     Raises:
-      ValueError: If either state holds no such optimizer or several, or if they are of
-        different parameters.
+      ValueError: If either state does not hold exactly one such optimizer, or if the
+        states belong to different parameters.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -82,8 +82,8 @@ def from_torch(
 ) -> optax.OptState:
     """Turns the state of PyTorch's AdaMod into one of ``convention='torch'``.
 
-    The packages adamod, torch_optimizer and pytorch_optimizer hold the same averages.
-    PyTorch need not be installed.
+    The states of the packages adamod, torch_optimizer and pytorch_optimizer hold the
+    same averages. PyTorch need not be installed.
 
     Args:
       state_dict: What the PyTorch optimizer's ``state_dict()`` returned, its tensors on
@@ -92,20 +92,19 @@ def from_torch(
         for ``model.parameters()`` the names of ``model.named_parameters()``.
       to_tree: A function from arrays by these names, in PyTorch's shapes, to a tree
         with the structure and the shapes of the JAX parameters. It may reorder numbers
-        and must not change them.
+        but must not change them.
       state: A fresh ``tx.init(params)``, where ``tx`` was made with
         ``convention='torch'`` and PyTorch's hyperparameters, or the ``opt_state`` of a
         Flax ``nnx.Optimizer``.
 
     Returns:
-      ``state`` with the averages, in the dtypes and on the devices that it has, at
+      ``state`` with the averages, in the dtypes and on the devices of ``state``, at
       PyTorch's step, where schedules and :func:`optax.inject_hyperparams` go on too.
 
     Raises:
       ValueError: If ``state_dict`` is not that of an AdaMod, lacks an average or holds
-        what AdaMod does not know; if parameters took different numbers of steps; if
-        names, structures or shapes do not match; if ``state`` holds no AdaMod or
-        several.
+        an unknown one; if parameters are at different steps; if names, structures or
+        shapes do not match; if ``state`` does not hold exactly one AdaMod state.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -209,7 +208,7 @@ def _replaced(
 
 
 def _placed(new: Any, old: Any) -> jax.Array:
-    """Returns ``new`` in the dtype of ``old``, and where that is."""
+    """Returns ``new`` in the dtype and on the devices of ``old``."""
     new = new.astype(old.dtype)
     if isinstance(old, jax.core.Tracer) or not getattr(old, "committed", False):
         return jnp.asarray(new)
@@ -258,7 +257,7 @@ def _read(
 
 
 def _check_keys(name: str, stored: Mapping[str, Any]) -> None:
-    """Refuses what is not the state of an AdaMod."""
+    """Refuses a state that is not AdaMod's."""
     if not stored:
         raise ValueError(
             f"{name!r} has no averages, for it never had a gradient. Leave it out of "

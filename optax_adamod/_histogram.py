@@ -15,32 +15,32 @@ INT32_MAX = np.iinfo(np.int32).max  # coordinates that an int32 can count
 
 
 class Log10Histogram(NamedTuple):
-    """Numbers of coordinates by magnitude: int32, int64 if 2**31 or more in all."""
+    """Numbers of coordinates by magnitude: int32, or int64 from 2**31 in all."""
 
-    counts: jax.Array  #: one for each bin, which holds its lower edge.
-    below: jax.Array  #: shape=(), under the first edge, zeros too.
-    above: jax.Array  #: shape=(), at the last edge or over it, infinities too.
-    nan: jax.Array  #: shape=(), in learning rates where there was no gradient yet.
+    counts: jax.Array  #: one for each bin; a bin includes its lower edge.
+    below: jax.Array  #: shape=(), below the first edge, including zeros.
+    above: jax.Array  #: shape=(), at or above the last edge, including infinities.
+    nan: jax.Array  #: shape=(), NaN; in learning rates, no gradient so far.
 
 
 def log10_histogram(tree: Any, bins: Sequence[float] | np.ndarray) -> Log10Histogram:
     r"""Counts the coordinates of a tree by the logarithm of their magnitude.
 
-    The counting is done where the tree is, so that only the counts leave the devices,
-    whatever the sharding. The bounded rates of 25 million parameters and their
-    histogram in 32 bins took as long as one update, on a CPU of 2 cores (``python
-    benchmarks/diagnostics.py``). Every leaf is compiled for itself, which
-    takes the longer the more bins there are; many small leaves on one device may be
-    concatenated.
+    The devices that hold the tree count it, so only the counts leave them, on every
+    sharding. On a CPU of 2 cores, the bounded rates of 25 million parameters and their
+    histogram in 32 bins took 0.9 to 1.7 times as long as an update (``python -m
+    benchmarks.diagnostics``, seven runs). Every leaf is compiled separately, and
+    compiling takes longer with more bins. To save time, concatenate small leaves that
+    are on one device.
 
     Args:
       tree: A tree of arrays, such as one of :class:`optax_adamod.LearningRates`.
-      bins: Edges of the bins in powers of ten, increasing, within -37 and 38: ``k +
-        1`` edges for ``k`` bins. A bin holds its lower edge and not its upper one.
+      bins: Edges of the bins as increasing powers of ten within -37 and 38: ``k + 1``
+        edges for ``k`` bins. A bin includes its lower edge and not its upper one.
 
     Returns:
-      The counts, of the bins, below and above them, and of NaN. Together they are the
-      size of the tree. They are exact. Without 64-bit mode hand int64 to NumPy, not to
+      The counts in the bins, below and above them, and of NaN. They are exact, and add
+      up to the size of the tree. Without 64-bit mode pass int64 counts to NumPy, not to
       ``jnp``.
 
     Raises:
@@ -73,7 +73,7 @@ def log10_histogram(tree: Any, bins: Sequence[float] | np.ndarray) -> Log10Histo
 
 @contextlib.contextmanager
 def _counting(size: int) -> Iterator[np.dtype]:
-    """Gives a dtype that counts to ``size``, and lets JAX use it."""
+    """Yields a dtype that counts to ``size``, and lets JAX use it."""
     if size <= INT32_MAX:
         yield np.dtype(np.int32)
     else:
@@ -83,9 +83,9 @@ def _counting(size: int) -> Iterator[np.dtype]:
 
 @functools.partial(jax.jit, static_argnames=("edges", "dtype"))
 def _count_magnitudes(x, edges: tuple[float, ...], dtype: np.dtype):
-    """How many are at least 0, for NaN is not, and at least each edge."""
+    """Counts the elements that are at least 0, which NaN is not, or each edge."""
     x = jnp.abs(x.astype(jnp.result_type(x, jnp.float32)))
-    # XLA holds that magnitudes are at least 0, NaN or not.
+    # XLA assumes that magnitudes are at least 0, even NaN.
     x = jnp.where(jnp.isnan(x), -1, x)
     return _count_at_least(x, np.asarray((0.0, *edges), x.dtype), dtype)
 
@@ -94,8 +94,8 @@ def _count_at_least(
     x: jax.Array, edges: np.ndarray | jax.Array, dtype: np.dtype
 ) -> jax.Array:
     """Returns how many elements are at least each edge."""
-    # XLA makes one pass of either on its platform. On CPU the second writes all the
-    # comparisons to memory, elsewhere the first takes long to compile.
+    # Each is one pass on its platform. On CPU the second would write all comparisons to
+    # memory; elsewhere the first would take long to compile.
     return jax.lax.platform_dependent(
         x,
         edges,

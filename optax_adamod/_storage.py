@@ -1,10 +1,10 @@
-"""How averages are stored, and read again.
+"""How averages are stored and loaded.
 
-In float32 and float64 they are stored as they are. In bfloat16 they are rounded
-stochastically: rounded to nearest, an average stops moving once its steps are smaller
-than half a unit in the last place; rounded up or down at random, with probabilities in
-proportion to the distances, it is right in the mean. The random bits are a hash, so
-that the state holds no key.
+Averages in float32 and float64 are stored as they are. Averages in bfloat16 are rounded
+stochastically. Rounded to nearest, an average stops moving once its steps are smaller
+than half a unit in the last place. Rounded up or down at random, with probabilities in
+proportion to the distances, it is right on average. The random bits are a hash, so the
+state holds no key.
 """
 
 import math
@@ -19,8 +19,8 @@ def random_bits(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Three independent sets of 16 random bits for each coordinate of a leaf.
 
-    They are a hash of the step, the leaf and the coordinate: the same in every run,
-    on every sharding and after a restart, with nothing to store.
+    They are a hash of the step, the leaf and the coordinate, so they are the same in
+    every run, on every sharding and after a restart, and need no storage.
 
     Args:
       shape: Shape of the leaf.
@@ -31,14 +31,14 @@ def random_bits(
       Three uint32 arrays of the given shape, below 2**16.
     """
     row, column = _row_and_column(shape)
-    # All that is computed is computed of rows and columns together: what depends on
-    # one of them alone XLA would compute in a kernel of its own. The step is mixed, and
-    # enters before the first mix: added to the word later, as it is, it would let
-    # coordinates of one row ^ column take turns with the same bits.
+    # Every operation depends on row and column together. If one depended on the row
+    # alone or on the column alone, XLA would give it a kernel of its own. The step is
+    # mixed by itself and enters before the first mix. Otherwise coordinates of one
+    # row ^ column would take turns with the same bits.
     step = jax.lax.bitcast_convert_type(jnp.asarray(count, jnp.int32), jnp.uint32)
     step = _mix(step)
-    # Behind the barrier the leaf is no constant of its kernel: leaves of one shape then
-    # have the same kernel, which is compiled once.
+    # The barrier keeps the leaf's index from being a constant of the kernel, so all
+    # leaves of one shape have the same kernel, compiled once.
     seed = jax.lax.optimization_barrier(
         jnp.asarray(leaf, jnp.uint32) * _u32(0x9E3779B9)
     )
@@ -54,7 +54,7 @@ def load(stored: jax.Array, dtype: np.dtype) -> jax.Array:
 
 
 def store(x: jax.Array, stored: jax.Array, bits: jax.Array | None) -> jax.Array:
-    """Returns ``x`` as ``stored`` is stored; ``bits`` are for what is rounded."""
+    """Returns ``x`` in the dtype of ``stored``; rounding to bfloat16 uses ``bits``."""
     if _is_rounded(stored):
         assert bits is not None
         return stochastic_round(x, bits)
@@ -69,7 +69,7 @@ def bits_for(
     count: jax.typing.ArrayLike,
     leaf: jax.typing.ArrayLike,
 ) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
-    """Random bits for each of three averages of one leaf, if any of them needs some."""
+    """Returns random bits for three averages of one leaf, if any of them needs some."""
     if any(map(_is_rounded, averages)):
         return random_bits(averages[0].shape, count, leaf)
     return None, None, None
@@ -81,18 +81,19 @@ def _is_rounded(stored: jax.Array) -> bool:
 
 @jax.custom_jvp
 def stochastic_round(x: jax.Array, bits: jax.Array) -> jax.Array:
-    """Rounds ``x`` to bfloat16: away from zero if its lower half and ``bits`` carry.
+    """Rounds ``x`` to bfloat16: away from zero if its lower half plus ``bits`` carries.
 
-    What bfloat16 holds stays as it is, infinities and NaN too. No finite number
-    becomes infinite. In the mean this is the identity, and its derivative is that too.
+    Numbers that bfloat16 holds stay as they are, and so do infinities and NaN. No
+    finite number becomes infinite. On average this is the identity, and its derivative
+    is that of the identity.
     """
     word = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     sign, magnitude = word & _u32(0x80000000), word & _u32(0x7FFFFFFF)
     largest, infinity = _u32(0x7F7FFFFF), _u32(0x7F800000)
     upper = (sign | jnp.minimum(magnitude + bits, largest)) >> 16
     rounded = jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
-    # The choice comes last, for of all these operations it alone keeps XLA on CPU (of
-    # JAX 0.12) from repeating the rounding where the result is read, and from copying.
+    # Keep this `where` last: it stops XLA on CPU (JAX 0.12) from computing the rounding
+    # twice, and from copying.
     return jnp.where(magnitude < infinity, rounded, x.astype(jnp.bfloat16))
 
 
@@ -102,7 +103,7 @@ def _stochastic_round_jvp(primals, tangents):
 
 
 def _row_and_column(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Two 32-bit indices that together name a coordinate of an array."""
+    """Returns two 32-bit indices that together identify a coordinate of an array."""
     *rows, columns = shape or (1,)
     if max(math.prod(rows), columns) <= 2**32:
         row = _linear_index(shape, range(len(rows)), jnp.uint32)
@@ -115,7 +116,7 @@ def _row_and_column(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
 def _linear_index(
     shape: tuple[int, ...], dimensions: range, dtype: jax.typing.DTypeLike
 ) -> jax.Array:
-    """Row-major index over some successive dimensions."""
+    """Returns the row-major index over some successive dimensions."""
     index = jnp.zeros(shape, dtype)
     for d in dimensions:
         stride = math.prod(shape[d + 1 : dimensions.stop])
@@ -124,7 +125,7 @@ def _linear_index(
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """A permutation of 32-bit words that lets every bit depend on every other.
+    """Permutes 32-bit words so that every bit depends on every other.
 
     The constants are lowbias32's, https://nullprogram.com/blog/2018/07/31/.
     """
