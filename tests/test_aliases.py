@@ -41,11 +41,16 @@ def final(tx, params=PARAMS, steps=20):
 SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 0.1, 5, 20)
 
 
-@pytest.mark.parametrize("learning_rate", [0.1, SCHEDULE], ids=["constant", "schedule"])
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"nesterov": True}, {"eps_root": 1e-3}, {"b1": 0.5, "b2": 0.9, "eps": 1e-3}],
-    ids=str,
+    ("learning_rate", "settings"),
+    [
+        (0.1, {}),
+        (SCHEDULE, {}),
+        (0.1, {"nesterov": True}),
+        (SCHEDULE, {"eps_root": 1e-3}),
+        (SCHEDULE, {"b1": 0.5, "b2": 0.9, "eps": 1e-3}),
+    ],
+    ids=["constant", "schedule", "nesterov", "eps_root", "others"],
 )
 def test_without_memory_it_is_adam(learning_rate, settings, x64):
     chex.assert_trees_all_close(

@@ -64,10 +64,8 @@ BELOW_ZERO = ("falls_below_zero", dict(b3=0.9))
     [
         (*COSINE, "paper", np.float32),
         (*COSINE, "torch", np.float64),
-        (*COSINE, "paper", np.complex128),
         (*WARM_UP, "torch", np.float32),
         (*WARM_UP, "paper", np.float64),
-        (*WARM_UP, "torch", np.complex128),
         (*STEP_DROP, "paper", np.float32),
         (*STEP_DROP, "torch", np.complex128),
         (*BELOW_ZERO, "torch", np.float32),
@@ -108,10 +106,8 @@ def test_rates_of_the_reference(schedule, settings, convention, dtype, x64):
     [
         (dict(), 1),
         (dict(), 4),
-        (dict(nesterov=True), 1),
         (dict(nesterov=True), 30),
         (dict(convention="torch", b1=0.8), 1),
-        (dict(convention="torch", b1=0.8), 30),
         (dict(eps_root=1e-2, eps=1e-3, b2=0.9), 4),
         (dict(mu_dtype="bfloat16", bound_dtype="bfloat16"), 30),
         (dict(mu_dtype="bfloat16", nu_dtype="bfloat16", bound_dtype="bfloat16"), 4),
@@ -163,9 +159,8 @@ WRAPPED = {
 
 @pytest.mark.parametrize("wrapper", WRAPPED)
 def test_state_is_found(wrapper):
-    _, state = follow(WRAPPED[wrapper](adamod(0.1)))
-    assert_few_units_apart(learning_rates(state, 0.1), rates_of_adamod())
-    _, state = follow(WRAPPED[wrapper](adamodw(0.1)))
+    factory = adamodw if wrapper == "chain" else adamod
+    _, state = follow(WRAPPED[wrapper](factory(0.1)))
     assert_few_units_apart(learning_rates(state, 0.1), rates_of_adamod())
 
 
@@ -306,9 +301,16 @@ def test_static_hyperparameters_are_given():
     )
 
 
-@pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize(
-    "given", [{"b2": 0.98}, {"eps": 1e-6}, {"b1": 0.5}, {"eps_root": 1e-9}], ids=str
+    ("given", "jit"),
+    [
+        ({"b2": 0.98}, False),
+        ({"b2": 0.98}, True),
+        ({"eps": 1e-6}, True),
+        ({"b1": 0.5}, False),
+        ({"eps_root": 1e-9}, True),
+    ],
+    ids=str,
 )
 def test_another_value_than_the_injected_one(given, jit):
     _, state = follow(optax.inject_hyperparams(adamod)(0.1))

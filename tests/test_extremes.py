@@ -68,10 +68,8 @@ def test_linear_decays_of_any_length_end_with_their_smallest_step(convention):
 @pytest.mark.parametrize(
     ("how", "factory", "convention"),
     [
-        ("number", adamod, "paper"),
         ("number", adamodw, "torch"),
         ("schedule", adamod, "torch"),
-        ("schedule", adamodw, "paper"),
         ("injected", adamodw, "torch"),
         ("traced", adamod, "paper"),
     ],
@@ -120,12 +118,10 @@ def test_a_change_of_sign_turns_the_step_at_once(first, convention):
     [
         ("float32", 0.9, "paper"),
         ("float32", 0.9, "torch"),
-        ("float32", 0.3, "paper"),
         ("float32", 0.0, "torch"),
         ("bfloat16", 0.9, "paper"),
         ("bfloat16", 0.3, "torch"),
         ("complex64", 0.9, "torch"),
-        ("complex64", 0.3, "paper"),
         ("complex64", 0.0, "paper"),
     ],
 )
@@ -175,12 +171,10 @@ def test_the_rate_holds_as_far_as_the_square(convention):
 @pytest.mark.parametrize(
     ("dtype", "averages", "convention"),
     [
-        ("float32", None, "torch"),
         ("float32", "bfloat16", "paper"),
-        ("bfloat16", None, "paper"),
-        ("bfloat16", "bfloat16", "torch"),
-        ("float16", None, "torch"),
-        ("float16", "bfloat16", "paper"),
+        ("bfloat16", None, "torch"),
+        ("bfloat16", "bfloat16", "paper"),
+        ("float16", "bfloat16", "torch"),
         ("complex64", None, "paper"),
         ("complex64", "bfloat16", "torch"),
     ],

@@ -175,11 +175,11 @@ def collectives(text):
 @pytest.mark.parametrize(
     ("spec", "axis_type"),
     [
-        (P("a"), AxisType.Auto),
-        (P(None, "b"), AxisType.Auto),
-        (P(("b", "a")), AxisType.Auto),
         (P("a", "b"), AxisType.Explicit),
         (P(), AxisType.Explicit),
+        pytest.param(P("a"), AxisType.Auto, marks=pytest.mark.slow),
+        pytest.param(P(None, "b"), AxisType.Auto, marks=pytest.mark.slow),
+        pytest.param(P(("b", "a")), AxisType.Auto, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -60,8 +60,11 @@ def test_vmap_over_an_ensemble(convention):
         )
 
 
-@pytest.mark.parametrize("convention", ["paper", "torch"])
-@pytest.mark.parametrize("argument", [0, 1], ids=["learning_rate", "b3"])
+@pytest.mark.parametrize(
+    ("argument", "convention"),
+    [(0, "paper"), (1, "torch")],
+    ids=["learning_rate", "b3"],
+)
 def test_gradient_of_training(argument, convention, x64):
     """Against central differences, in 64 bits."""
     at = [0.1, 0.7]
