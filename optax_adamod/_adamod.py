@@ -254,17 +254,21 @@ def real_dtype(*values: Any) -> np.dtype:
 
 
 def _zeros_like(param: Any, dtype: np.dtype) -> jax.Array:
-    """Returns zeros with the shards and the kind of memory of ``param``."""
+    """Returns zeros in the shards of ``param``, and in its kind of memory."""
     if isinstance(param, jax.Array) and not isinstance(param, jax.core.Tracer):
         sharding = param.sharding
         default = next(iter(sharding.device_set)).default_memory().kind
-        sharded = (
+        if sharding.memory_kind not in (None, default):
+            # Shard by shard: no program of the device's writes to another memory.
+            zeros = np.broadcast_to(np.zeros((), dtype), param.shape)
+            return jax.make_array_from_callback(
+                param.shape, sharding, lambda index: zeros[index]
+            )
+        if (
             isinstance(sharding, jax.sharding.NamedSharding)
             and sharding.num_devices > 1
-        )
-        if sharded or sharding.memory_kind not in (None, default):
-            # Outside jit, jnp.zeros_like makes all zeros on one device and copies them.
-            # In memory that is not the device's own it fails.
+        ):
+            # Outside jit, jnp.zeros_like makes all of them on one device, and copies.
             zeros_like = jax.jit(
                 jnp.zeros_like, static_argnames="dtype", out_shardings=sharding
             )

@@ -72,7 +72,11 @@ def test_everything_is_finite(gradients, b1, b2, b3, convention, eps, nesterov):
     nesterov = nesterov and convention == "paper"
     tx = adamod(1e-3, b1, b2, b3, eps, convention=convention, nesterov=nesterov)
     updates, (state, _) = run(tx, gradients)
-    chex.assert_tree_all_finite((updates, state.mu, state.bound))
+    chex.assert_tree_all_finite((state.mu, state.bound))
+    for u in jax.tree.leaves(updates):
+        # float16 itself may not hold a step, of 1e9 where eps alone divides.
+        overflows = u.dtype == np.float16
+        assert not np.any(np.isnan(u) if overflows else ~np.isfinite(u))
     # Squares may be infinite; what divides by their roots is then 0.
     assert not any(np.any(np.isnan(v)) for v in jax.tree.leaves(state.nu))
     chex.assert_trees_all_equal_shapes_and_dtypes(updates[0], gradients[0])

@@ -120,6 +120,10 @@ def test_init_keeps_the_kind_of_memory(sharded):
             assert leaf.sharding.memory_kind == "pinned_host"
 
 
+@pytest.mark.skipif(
+    jax.default_backend() == "cpu" and jax.__version_info__ < (0, 10),
+    reason="before 0.10, JAX on CPU cannot move arrays to host memory inside jit",
+)
 def test_averages_in_host_memory():
     """As docs/pods.md has it: the same updates, and the state stays on the host."""
     mesh, tx = make_mesh(), adamod(0.1, b3=0.9)

@@ -98,6 +98,9 @@ def test_code_of_pages_runs(path, tmp_path, capsys):
     """Block after block, with what a page takes for granted."""
     code = re.findall(r"^```python\n(.*?)^```", path.read_text(), re.DOTALL | re.M)
     code = [block for block in code if "torch." not in block]  # is not installed
+    if jax.default_backend() == "cpu" and jax.__version_info__ < (0, 10):
+        # Such a JAX cannot move arrays to host memory inside jit on CPU.
+        code = [block for block in code if "pinned_host" not in block]
     params = {"w": jnp.ones(3)}
     adam = optax.adam(0.1)
     mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Auto,))
