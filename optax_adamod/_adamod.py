@@ -43,9 +43,8 @@ def _update_leaf(step, place, g, mu, nu, bound):
     nu, v = _advance(step.average_g2, nu, jnp.real(jnp.conj(g) * g), nu_bits)  # v_t
     eta = step.eta(v)  # η_t
     bound, s = _advance(step.average_eta, bound, eta, bound_bits)  # s_t
-    rate = jnp.minimum(
-        step.eta_per_alpha(v), step.s_per_alpha(s)
-    )  # min(η_t, s_t) / α_t
+    eta_per_alpha, s_per_alpha = step.eta_per_alpha(v), step.s_per_alpha(s)
+    rate = jnp.minimum(eta_per_alpha, s_per_alpha)  # min(η_t, s_t) / α_t
     update = step.m_hat(m, g, times=rate)  # min(η_t, s_t) / α_t · m̂_t
     return update.astype(dtype), mu, nu, bound
 
@@ -63,14 +62,14 @@ def _advance(average, stored, new, bits):
 class _Average(NamedTuple):
     """``b * old + (1 - b) * new``, exact in the smaller of ``b`` and ``1 - b``."""
 
-    keep: jax.typing.ArrayLike  # 1 for b >= 1/2, else b
+    keep: jax.typing.ArrayLike | None  # 1 for b >= 1/2, else b; None for the number 0
     lean: jax.typing.ArrayLike  # 1/2 for b >= 1/2, else 0
     gain: jax.typing.ArrayLike  # 2 (1 - b)
 
     @classmethod
     def of(cls, b: float | jax.Array) -> "_Average":
         if isinstance(b, float):
-            return cls(*(1.0, 0.5) if b >= 0.5 else (b, 0.0), 2 * (1 - b))
+            return cls(*(1.0, 0.5) if b >= 0.5 else (b or None, 0.0), 2 * (1 - b))
         near = b >= 0.5
         lean = jnp.where(near, 0.5, jnp.zeros_like(b))
         return cls(jnp.where(near, 1, b), lean, 2 * (1 - b))
@@ -81,14 +80,15 @@ class _Average(NamedTuple):
         It subtracts halves, because the difference of two finite numbers may be
         infinite.
         """
-        kept, finite = self.keep * old, old
+        if self.keep is None:
+            return new
+        finite = old
         if not jnp.iscomplexobj(old):
-            # An infinite average stays infinite: infinity minus infinity, or times 0,
-            # would be NaN.
+            # An infinite average stays infinite: less infinity it would be NaN.
             largest = jnp.finfo(old.dtype).max
             finite = jnp.clip(old, -largest, largest)
-            kept = self.keep * finite + (old - finite)
-        return jnp.asarray(kept + self.gain * (0.5 * new - self.lean * finite))
+        towards = self.gain * (0.5 * new - self.lean * finite)
+        return jnp.asarray(self.keep * old + towards)
 
 
 class _Rate(NamedTuple):
