@@ -104,10 +104,11 @@ def test_adam_is_carried_over(adam_run):
     adam = {"params": params, "opt_state": optax.adam(0.1).init(params)}
     _, restored = checkpoints.restore(adam)
     checkpoints.close()
-    recipe = pod_training.__doc__.split("the new optimizer:\n")[1]
+    after = pod_training.__doc__.split("the new optimizer:\n")[1]
+    recipe = [line for line in after.splitlines() if line.startswith("    ")]
     names = {"adam_state": restored["opt_state"], "params": params}
     names |= {"tx": adamod(0.1), "optax": optax}
-    exec(textwrap.dedent(recipe), names)
+    exec(textwrap.dedent("\n".join(recipe)), names)
     state = names["state"]
     chex.assert_trees_all_equal(state[0][:3], saved[0][:3])
     chex.assert_trees_all_equal(state[0].bound, jax.tree.map(jnp.zeros_like, params))
