@@ -3,9 +3,9 @@
 from importlib.metadata import version as _version
 
 from optax_adamod._adamod import ScaleByAdamodState as ScaleByAdamodState
-from optax_adamod._adamod import adamod as adamod
-from optax_adamod._adamod import adamodw as adamodw
 from optax_adamod._adamod import scale_by_adamod as scale_by_adamod
+from optax_adamod._aliases import adamod as adamod
+from optax_adamod._aliases import adamodw as adamodw
 from optax_adamod._conversions import from_adam as from_adam
 from optax_adamod._conversions import from_torch as from_torch
 from optax_adamod._diagnostics import HeldByBound as HeldByBound
