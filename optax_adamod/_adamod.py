@@ -43,6 +43,7 @@ def _update_leaf(step, place, g, mu, nu, bound):
     nu, v = _advance(step.average_g2, nu, jnp.real(jnp.conj(g) * g), nu_bits)  # v_t
     eta = step.eta(v)  # η_t
     bound, s = _advance(step.average_eta, bound, eta, bound_bits)  # s_t
+    # The same rate again, for XLA on CPU: see _Rate.respelled.
     eta_per_alpha, s_per_alpha = step.eta_per_alpha(v), step.s_per_alpha(s)
     rate = jnp.minimum(eta_per_alpha, s_per_alpha)  # min(η_t, s_t) / α_t
     update = step.m_hat(m, g, times=rate)  # min(η_t, s_t) / α_t · m̂_t
@@ -95,7 +96,7 @@ class _Rate(NamedTuple):
     """The adaptive learning rate, of the average of the squared gradients."""
 
     numerator: jax.typing.ArrayLike
-    scale: jax.typing.ArrayLike
+    scale: jax.typing.ArrayLike  # 1 / (1 - b2**t), so that scale * v is the corrected v
     eps: jax.typing.ArrayLike
     eps_root: jax.typing.ArrayLike
 
@@ -145,8 +146,9 @@ class _Momentum(NamedTuple):
     def __call__(self, m: jax.Array, g: jax.Array, *, times: jax.Array) -> jax.Array:
         """Returns the momentum times a rate.
 
-        The rate comes first: where a square overflows it is 0, while the momentum alone
-        may be infinite.
+        The rate is multiplied by the bias correction before m. If a square overflows,
+        the rate is 0, and so is the product. The momentum alone could be infinite, and
+        0 times infinity is NaN.
         """
         rate = times
         update = (rate * self.of_m).astype(m.dtype) * m
@@ -324,7 +326,8 @@ def scale_by_adamod(
         gradient.
       eps_root: Added to the second moment inside the root; at least 0, in units of
         the squared gradient. Needed to differentiate through an update.
-      mu_dtype: Dtype of ``mu``, any floating dtype; None for the parameters' own.
+      mu_dtype: Dtype of ``mu``, 'bfloat16', 'float16', 'float32' or 'float64'; None for
+        the parameters' own.
         The accumulator of a complex parameter is complex of that precision.
       nesterov: Whether to use Nesterov momentum, with ``convention='paper'`` only.
       nu_dtype: Dtype of ``nu``, 'bfloat16', 'float32' or 'float64'; None for the

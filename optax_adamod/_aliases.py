@@ -103,8 +103,9 @@ def adamod(
         at least 0, in units of the gradient.
       eps_root: Added to the second moment inside the root; at least 0, in units of
         the squared gradient. Needed to differentiate through an update.
-      mu_dtype: Dtype of the average of the gradients, any floating dtype; None for
-        the parameters' own. For a complex parameter it is the precision.
+      mu_dtype: Dtype of the average of the gradients, 'bfloat16', 'float16', 'float32'
+        or 'float64'; None for the parameters' own. For a complex parameter it is the
+        precision.
       nesterov: Whether to use Nesterov momentum, with ``convention='paper'`` only.
       nu_dtype: Dtype of the average of the squared gradients, 'bfloat16', 'float32' or
         'float64'; None for the parameters' real dtype, in at least float32.
@@ -225,8 +226,9 @@ def adamodw(
         at least 0, in units of the gradient.
       eps_root: Added to the second moment inside the root; at least 0, in units of
         the squared gradient. Needed to differentiate through an update.
-      mu_dtype: Dtype of the average of the gradients, any floating dtype; None for
-        the parameters' own. For a complex parameter it is the precision.
+      mu_dtype: Dtype of the average of the gradients, 'bfloat16', 'float16', 'float32'
+        or 'float64'; None for the parameters' own. For a complex parameter it is the
+        precision.
       weight_decay: Strength of the weight decay, per unit of learning rate: a scalar,
         or a schedule from the step count to one.
       mask: A tree of booleans with the structure of the parameters or a prefix of it,

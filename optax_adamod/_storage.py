@@ -1,6 +1,7 @@
 """How averages are stored and loaded.
 
-Averages in float32 and float64 are stored as they are. Averages in bfloat16 are rounded
+Averages in float32 and float64 are stored as they are. ``mu`` may be float16, rounded
+to nearest and clipped to its largest number. Averages in bfloat16 are rounded
 stochastically. Rounded to nearest, an average stops moving once its steps are smaller
 than half a unit in the last place. Rounded up or down at random, with probabilities in
 proportion to the distances, it is right on average. The random bits are a hash, so the
