@@ -413,9 +413,7 @@ def scale_by_adamod(
         del params
         _checks.state_of_adamod(state)
         count = optax.safe_increment(state.count)
-        alpha = _checks.at_count(
-            "bound_learning_rate", bound_learning_rate, state.count
-        )
+        alpha = _checks.at_count(bound_learning_rate, state.count)
         step = functools.cache(
             lambda dtype: hyperparameters.at_step(count, alpha, dtype)
         )

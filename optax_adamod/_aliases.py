@@ -80,7 +80,8 @@ def adamod(
     sharding and after a restart. Inside ``shard_map`` and ``pmap`` the coordinates are
     numbered within a shard, and inside ``vmap`` within a member, so all shards and
     members round by the same bits. Final losses of a Post-LN Transformer, mean and
-    range of 3 seeds (``python -m experiments.low_precision --steps 600 --seeds 3``):
+    range of 3 seeds (``python -m experiments.low_precision --steps 600 --seeds 3``),
+    with the random bits of an earlier version:
 
     ============================  =================  ======================
     averages                      bytes/parameter    final loss, nats

@@ -52,7 +52,7 @@ def scalar_or_schedule(name: str, value: Any) -> Any:
     return value
 
 
-def at_count(name: str, value: Any, count: jax.Array) -> jax.typing.ArrayLike:
+def at_count(value: Any, count: jax.Array) -> jax.typing.ArrayLike:
     """Returns a learning rate, or the value of a schedule at ``count``."""
     if not callable(value):
         return value
@@ -63,7 +63,7 @@ def at_count(name: str, value: Any, count: jax.Array) -> jax.typing.ArrayLike:
         if dtype is not None:
             given = f"{dtype} of shape {jnp.shape(scheduled)}"
         raise ValueError(
-            f"the schedule given as {name} must return a real scalar, got {given}."
+            f"the schedule of the learning rate must return a real scalar, got {given}."
         )
     return scheduled
 

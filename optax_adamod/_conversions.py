@@ -11,8 +11,8 @@ import numpy as np
 import optax
 
 from optax_adamod._adamod import ScaleByAdamodState
+from optax_adamod._diagnostics import INJECTED
 
-_INJECTED = optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState
 _TORCH_NAMES = {"mu": "exp_avg", "nu": "exp_avg_sq", "bound": "exp_avg_lr"}
 
 
@@ -157,12 +157,12 @@ def _counters(state: Any, prefix: str = "") -> Iterator[tuple[Any, Any]]:
             place = prefix + jax.tree_util.keystr(path)
             (step,) = jax.tree.leaves(x.count)
             yield (place, type(x)), step
-            if isinstance(x, _INJECTED):
+            if isinstance(x, INJECTED):
                 yield from _counters(x.inner_state, f"{place}.inner_state")
 
 
 def _is_counter(x: Any) -> bool:
-    return isinstance(x, (ScaleByAdamodState, optax.ScaleByScheduleState, *_INJECTED))
+    return isinstance(x, (ScaleByAdamodState, optax.ScaleByScheduleState, *INJECTED))
 
 
 def _replaced(

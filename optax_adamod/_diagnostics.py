@@ -19,7 +19,7 @@ from optax_adamod._adamod import (
     scale_by_adamod,
 )
 
-_INJECTED = optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState
+INJECTED = optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState
 
 
 class LearningRates(NamedTuple):
@@ -143,7 +143,7 @@ def learning_rates(
             f"opt_state is a stack of {jnp.shape(count)} states: use "
             "jax.vmap(learning_rates)."
         )
-    alpha = _checks.at_count("learning_rate", alpha, jnp.maximum(count - 1, 0))
+    alpha = _checks.at_count(alpha, jnp.maximum(count - 1, 0))
     step = functools.cache(lambda dtype: hyperparameters.at_step(count, alpha, dtype))
     averages = zip(*map(jax.tree.leaves, state[1:]), strict=True)
     with jax.numpy_dtype_promotion("standard"):
@@ -203,13 +203,13 @@ def _adamod_state(opt_state: Any) -> tuple[ScaleByAdamodState, dict[str, Any]]:
         def is_node(x):
             if not jax.tree_util.all_leaves([x]):
                 seen[type(x).__name__] = None
-            return isinstance(x, (ScaleByAdamodState, *_INJECTED))
+            return isinstance(x, (ScaleByAdamodState, *INJECTED))
 
         for key, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node):
             place = path + jax.tree_util.keystr(key)
             if isinstance(x, ScaleByAdamodState):
                 found[place] = x, hyperparams
-            elif isinstance(x, _INJECTED):
+            elif isinstance(x, INJECTED):
                 inner = hyperparams | x.hyperparams
                 search(x.inner_state, f"{place}.inner_state", inner)
 

@@ -183,7 +183,9 @@ def test_what_is_concrete_is_checked_under_inject_hyperparams_too():
 def test_schedules_that_return_no_scalar(returned, message):
     tx = scale_by_adamod(bound_learning_rate=lambda count: returned)
     with raises(
-        ValueError, "as bound_learning_rate must return a real scalar", message
+        ValueError,
+        "the schedule of the learning rate must return a real scalar",
+        message,
     ):
         tx.update(PARAMS, tx.init(PARAMS))
 
