@@ -12,6 +12,7 @@ from optax_adamod._diagnostics import HeldByBound as HeldByBound
 from optax_adamod._diagnostics import LearningRates as LearningRates
 from optax_adamod._diagnostics import held_by_bound as held_by_bound
 from optax_adamod._diagnostics import learning_rates as learning_rates
+from optax_adamod._float8 import Float8Array as Float8Array
 from optax_adamod._histogram import Log10Histogram as Log10Histogram
 from optax_adamod._histogram import log10_histogram as log10_histogram
 

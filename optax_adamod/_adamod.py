@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_adamod import _checks, _storage
+from optax_adamod import _checks, _float8, _storage
 
 Convention = Literal["paper", "torch"]
 
@@ -28,7 +28,8 @@ class ScaleByAdamodState(NamedTuple):
     count: jax.typing.ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
     mu: optax.Updates  #: like the parameters, in their dtype or mu_dtype.
     nu: optax.Updates  #: like the parameters, real, float32 or wider, or nu_dtype.
-    bound: optax.Updates  #: like nu, or bound_dtype; in units of the learning rate.
+    #: like nu, or bound_dtype; in units of the learning rate. None where b3 is 0.
+    bound: Any
 
 
 # A function of its own, so that leaves of one shape and dtype are traced once.
@@ -37,27 +38,21 @@ def _update_leaf(step, place, g, mu, nu, bound):
     """Algorithm 1 for one leaf; returns the update per unit of learning rate."""
     dtype = g.dtype
     g = g.astype(jnp.result_type(g, step.dtype))
-    mu_bits, nu_bits, bound_bits = _storage.bits_for((mu, nu, bound), *place)
+    real = step.dtype
+    m = step.average_g(_storage.load(mu, g.dtype), g)  # m_t
+    v = step.average_g2(_storage.load(nu, real), jnp.real(jnp.conj(g) * g))  # v_t
+    s = None  # s_t, which takes the rate of v_t before it is rounded
+    if bound is not None:
+        s = step.average_eta(_storage.load(bound, real), step.eta(v))
 
-    mu, m = _advance(step.average_g, mu, g, mu_bits)  # m_t
-    nu, v = _advance(step.average_g2, nu, jnp.real(jnp.conj(g) * g), nu_bits)  # v_t
-    eta = step.eta(v)  # η_t
-    bound, s = _advance(step.average_eta, bound, eta, bound_bits)  # s_t
+    # The update uses what is stored, so that the state shows which rates it used.
+    (mu, m), (nu, v), (bound, s) = _storage.store((m, v, s), (mu, nu, bound), place)
     # The same rate again, for XLA on CPU: see _Rate.respelled.
-    eta_per_alpha, s_per_alpha = step.eta_per_alpha(v), step.s_per_alpha(s)
-    rate = jnp.minimum(eta_per_alpha, s_per_alpha)  # min(η_t, s_t) / α_t
+    rate = step.eta_per_alpha(v)  # η_t / α_t
+    if s is not None:
+        rate = jnp.minimum(rate, step.s_per_alpha(s))  # min(η_t, s_t) / α_t
     update = step.m_hat(m, g, times=rate)  # min(η_t, s_t) / α_t · m̂_t
     return update.astype(dtype), mu, nu, bound
-
-
-def _advance(average, stored, new, bits):
-    """Moves an average towards ``new``; returns it as stored, and as loaded again.
-
-    The update uses what is stored, so that the state shows which rates it used.
-    """
-    moved = average(_storage.load(stored, new.dtype), new)
-    stored = _storage.store(moved, stored, bits)
-    return stored, _storage.load(stored, new.dtype)
 
 
 class _Average(NamedTuple):
@@ -184,6 +179,11 @@ class Hyperparameters(NamedTuple):
     convention: Convention
     nesterov: bool
 
+    @property
+    def bounded(self) -> bool:
+        """Whether there is a bound: not if b3 is the Python number 0, as in Adam."""
+        return not (isinstance(self.b3, float) and self.b3 == 0.0)
+
     @classmethod
     def checked(cls, b1, b2, b3, eps, eps_root, convention, nesterov=False):
         _checks.choice("convention", convention, get_args(Convention))
@@ -251,38 +251,56 @@ def _bias_correction(b: float | jax.Array, t: jax.Array) -> jax.Array:
 
 def real_dtype(*values: Any) -> np.dtype:
     """Returns the real dtype for arithmetic on ``values``: theirs, or float32."""
-    bits = max(jnp.finfo(jnp.result_type(x)).bits for x in values)
+    wide = (x for x in values if not isinstance(x, _float8.Float8Array))
+    bits = (jnp.finfo(jnp.result_type(x)).bits for x in wide if x is not None)
+    bits = max(bits, default=32)
     return np.dtype(np.float64 if bits == 64 else np.float32)
 
 
-def _zeros_like(param: Any, dtype: np.dtype) -> jax.Array:
+def _zeros_like(
+    param: Any, dtype: np.dtype | Literal["float8"], *, signed: bool
+) -> _storage.Stored:
     """Returns zeros in the shards of ``param``, and in its kind of memory."""
+    if dtype != "float8":
+        return _zeros(param, dtype, jnp.shape(param))
+    if not _float8.is_grouped(jnp.shape(param)):
+        return _zeros(param, np.dtype(np.float32), jnp.shape(param))
+    codes = _zeros(param, _float8.code_dtype(signed), param.shape)
+    exponents = _zeros(param, np.dtype(np.uint8), _float8.groups(param.shape))
+    return _float8.Float8Array(codes, exponents)
+
+
+def _zeros(param: Any, dtype: np.dtype, shape: tuple[int, ...]) -> jax.Array:
     if isinstance(param, jax.Array) and not isinstance(param, jax.core.Tracer):
-        sharding = param.sharding
+        sharding = _float8.sharding_of(shape, param.sharding)
         default = next(iter(sharding.device_set)).default_memory().kind
         if sharding.memory_kind not in (None, default):
             # Shard by shard: no program of the device's writes to another memory.
-            zeros = np.broadcast_to(np.zeros((), dtype), param.shape)
+            zeros = np.broadcast_to(np.zeros((), dtype), shape)
             return jax.make_array_from_callback(
-                param.shape, sharding, lambda index: zeros[index]
+                shape, sharding, lambda index: zeros[index]
             )
         if (
             isinstance(sharding, jax.sharding.NamedSharding)
             and sharding.num_devices > 1
         ):
             # Outside jit, jnp.zeros_like makes all of them on one device, and copies.
-            zeros_like = jax.jit(
-                jnp.zeros_like, static_argnames="dtype", out_shardings=sharding
+            zeros = jax.jit(
+                functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding
             )
-            return zeros_like(param, dtype=dtype)
+            return zeros()
+    if shape != jnp.shape(param):  # of exponents, with the type that a trace gives them
+        param = _float8.largest_of_groups(jnp.asarray(param))
     return jnp.zeros_like(param, dtype=dtype)
 
 
-def _mu_dtype(param: Any, mu_dtype: np.dtype | None) -> np.dtype:
+def _mu_dtype(
+    param: Any, mu_dtype: np.dtype | Literal["float8"] | None
+) -> np.dtype | Literal["float8"]:
     dtype = jnp.result_type(param)
     if mu_dtype is None:
         return dtype
-    if jnp.issubdtype(dtype, jnp.complexfloating):
+    if mu_dtype != "float8" and jnp.issubdtype(dtype, jnp.complexfloating):
         return np.result_type(mu_dtype, np.complex64)
     return mu_dtype
 
@@ -393,25 +411,30 @@ def scale_by_adamod(
     mu_dtype = _checks.mu_dtype(mu_dtype)
     nu_dtype = _checks.rate_dtype("nu_dtype", nu_dtype)
     bound_dtype = _checks.rate_dtype("bound_dtype", bound_dtype)
+    _checks.signs("bound_learning_rate", bound_learning_rate, bound_dtype)
+    bounded = hyperparameters.bounded
 
     def init_fn(params):
-        _checks.parameters(params)
+        _checks.parameters(params, mu_dtype)
 
-        def zeros(dtype_of):
-            return jax.tree.map(lambda p: _zeros_like(p, dtype_of(p)), params)
+        def zeros(dtype_of, *, signed=False):
+            return jax.tree.map(
+                lambda p: _zeros_like(p, dtype_of(p), signed=signed), params
+            )
+
+        def or_real(dtype):
+            return lambda p: real_dtype(p) if dtype is None else dtype
 
         return ScaleByAdamodState(
             count=jnp.zeros([], jnp.int32),
-            mu=zeros(lambda p: _mu_dtype(p, mu_dtype)),
-            nu=zeros(lambda p: real_dtype(p) if nu_dtype is None else nu_dtype),
-            bound=zeros(
-                lambda p: real_dtype(p) if bound_dtype is None else bound_dtype
-            ),
+            mu=zeros(lambda p: _mu_dtype(p, mu_dtype), signed=True),
+            nu=zeros(or_real(nu_dtype)),
+            bound=zeros(or_real(bound_dtype)) if bounded else None,
         )
 
     def update_fn(updates, state, params=None):
         del params
-        _checks.state_of_adamod(state)
+        _checks.state_of_adamod(state, bounded)
         count = optax.safe_increment(state.count)
         alpha = _checks.at_count(bound_learning_rate, state.count)
         step = functools.cache(
@@ -420,7 +443,9 @@ def scale_by_adamod(
         gradients, treedef = jax.tree_util.tree_flatten_with_path(
             updates, is_leaf=lambda x: x is None
         )
-        averages = {"mu": state.mu, "nu": state.nu, "bound": state.bound}
+        averages = {"mu": state.mu, "nu": state.nu}
+        if bounded:
+            averages["bound"] = state.bound
         _checks.same_structure(gradients, treedef, averages)
         stored = zip(*map(treedef.flatten_up_to, averages.values()), strict=True)
         leaves = []
@@ -429,16 +454,22 @@ def scale_by_adamod(
             for index, ((path, g), leaf) in enumerate(
                 zip(gradients, stored, strict=True)
             ):
+                leaf = tuple(map(_float8.as_float8, leaf))
+                mu, nu, bound = leaf if bounded else (*leaf, None)
                 if g is None:
-                    leaves.append((None, *leaf))
+                    leaves.append((None, mu, nu, bound))
                     continue
                 _checks.gradient(path, g, **dict(zip(averages, leaf, strict=True)))
                 place = count, np.uint32(index)
-                dtype = real_dtype(g, *leaf)
-                leaves.append(_update_leaf(step(dtype), place, jnp.asarray(g), *leaf))
+                of_dtype = step(real_dtype(g, *leaf))
+                leaves.append(
+                    _update_leaf(of_dtype, place, jnp.asarray(g), mu, nu, bound)
+                )
         updates, mu, nu, bound = (
             treedef.unflatten([leaf[i] for leaf in leaves]) for i in range(4)
         )
+        if not bounded:
+            bound = None
         return updates, ScaleByAdamodState(count=count, mu=mu, nu=nu, bound=bound)
 
     return optax.GradientTransformation(init_fn, update_fn)

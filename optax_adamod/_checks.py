@@ -1,12 +1,14 @@
 """The inputs that the library refuses, and its error messages."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+
+from optax_adamod._float8 import Float8Array, groups, is_float8
 
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
 _COMPLEX = ("complex64", "complex128")
@@ -77,24 +79,35 @@ def choice(name: str, value: str, accepted: tuple[str, ...]) -> str:
     return value
 
 
-def mu_dtype(dtype: Any) -> np.dtype | None:
+def mu_dtype(dtype: Any) -> np.dtype | Literal["float8"] | None:
     """Returns the real dtype that ``mu_dtype`` asks for, or None for the default."""
-    dtype = _dtype("mu_dtype", dtype, (*_FLOATS, *_COMPLEX), "")
-    return None if dtype is None else jnp.finfo(dtype).dtype
+    dtype = _dtype("mu_dtype", dtype, ("float8", *_FLOATS, *_COMPLEX), "")
+    return dtype if dtype in (None, "float8") else jnp.finfo(dtype).dtype
 
 
-def rate_dtype(name: str, dtype: Any) -> np.dtype | None:
+def rate_dtype(name: str, dtype: Any) -> np.dtype | Literal["float8"] | None:
     """Returns the dtype of ``nu`` or ``bound``, or None for the default."""
     return _dtype(
         name,
         dtype,
-        ("bfloat16", "float32", "float64"),
+        ("float8", "bfloat16", "float32", "float64"),
         "The averages of squared gradients and of learning rates are real, and span "
         "more magnitudes than float16 holds (1/eps is 1e8).",
     )
 
 
-def parameters(params: Any) -> None:
+def signs(name: str, learning_rate: Any, bound_dtype: Any) -> None:
+    """Refuses a bound in 8 bits on learning rates that are known to be negative."""
+    known = isinstance(learning_rate, float)
+    if bound_dtype == "float8" and known and learning_rate < 0:
+        raise ValueError(
+            f"{name} must be at least 0 with bound_dtype='float8', which has no sign, "
+            f"got {learning_rate!r}. Use bound_dtype='bfloat16', or ascend by negative "
+            "gradients."
+        )
+
+
+def parameters(params: Any, mu_dtype: Any) -> None:
     """Refuses parameter leaves that are neither floating nor complex."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = f"the parameter at params{jax.tree_util.keystr(path)}"
@@ -113,15 +126,30 @@ def parameters(params: Any) -> None:
                 f"{name} has dtype {dtype}; AdaMod updates arrays of {accepted}. "
                 f"{way_out}"
             )
+        if mu_dtype == "float8" and jnp.iscomplexobj(leaf):
+            raise TypeError(
+                f"{name} is complex, and mu_dtype='float8' is for real parameters. Use "
+                "mu_dtype=None for such parameters, by optax.partition; nu_dtype and "
+                "bound_dtype may be 'float8'."
+            )
 
 
-def state_of_adamod(state: Any) -> None:
+def state_of_adamod(state: Any, bounded: bool) -> None:
     """Refuses the state of another optimizer, such as Adam's from a checkpoint."""
     if not all(hasattr(state, name) for name in ("count", "mu", "nu", "bound")):
         raise TypeError(
             "the state must be a ScaleByAdamodState, with count, mu, nu and bound, got "
             f"{type(state).__name__}. That of optax.adam lacks the bound: turn it into "
             "this one with optax_adamod.from_adam."
+        )
+    if bounded and state.bound is None and state.mu is not None:
+        raise ValueError(
+            "the state's bound is None, as with b3=0, and this optimizer's b3 is not 0."
+        )
+    if not bounded and state.bound is not None:
+        raise ValueError(
+            "the state has a bound, and this optimizer has none, for its b3 is 0. Drop "
+            "the bound with state._replace(bound=None)."
         )
     if jnp.ndim(state.count):
         raise ValueError(
@@ -144,7 +172,9 @@ def same_structure(
             for (path, g), entry in zip(gradients, entries, strict=True):
                 # None is a missing gradient, unless it is the whole tree.
                 missing = g is None and (bool(path) or entry is None)
-                if not missing and not jax.tree_util.all_leaves([entry]):
+                array = is_float8(entry)
+                array = array or jax.tree_util.all_leaves([entry])
+                if not missing and not array:
                     problem = f"updates{jax.tree_util.keystr(path)} is one array"
         if problem is not None:
             raise ValueError(
@@ -157,18 +187,50 @@ def gradient(path: Any, g: Any, **averages: jax.Array) -> None:
     """Refuses a gradient that would broadcast, or lose its imaginary part."""
     where = jax.tree_util.keystr(path)
     for field, average in averages.items():
-        if jnp.shape(g) != jnp.shape(average):
+        shape = _shape_of_average(f"{field}{where}", average)
+        if jnp.shape(g) != shape:
             raise ValueError(
                 f"the update at updates{where} has shape {jnp.shape(g)}, but the "
                 f"state's {field} there was initialised for a parameter of shape "
-                f"{jnp.shape(average)}."
+                f"{shape}."
             )
-    accepted = _COMPLEX if jnp.iscomplexobj(averages["mu"]) else _FLOATS
+    mu = averages["mu"]
+    is_complex = not isinstance(mu, Float8Array) and jnp.iscomplexobj(mu)
+    accepted = _COMPLEX if is_complex else _FLOATS
     if jnp.result_type(g).name not in accepted:
         raise TypeError(
             f"the update at updates{where} has dtype {jnp.result_type(g)}, but its "
             f"parameter takes {', '.join(accepted)}."
         )
+
+
+def _shape_of_average(name: str, average: Any) -> tuple[int, ...]:
+    """Returns the shape of an average; refuses codes that lack their exponents."""
+    if isinstance(average, Float8Array):
+        codes, exponents = average.codes, average.exponents
+        for part, array in (("codes", codes), ("exponents", exponents)):
+            if not hasattr(array, "shape") or jnp.result_type(array).name not in (
+                ("int8", "uint8") if part == "codes" else ("uint8",)
+            ):
+                raise TypeError(
+                    f"the {part} of the state's {name} must be an array of 8-bit "
+                    f"integers, got {_brief(array)}. Both parts of a Float8Array "
+                    "belong together: restore them with a template, tx.init(params)."
+                )
+        if exponents.shape != groups(codes.shape):
+            raise ValueError(
+                f"the state's {name} has codes of shape {codes.shape}, which take "
+                f"exponents of shape {groups(codes.shape)}, and its exponents have "
+                f"shape {exponents.shape}."
+            )
+        return codes.shape
+    if not jnp.issubdtype(jnp.result_type(average), jnp.inexact):
+        raise TypeError(
+            f"the state's {name} has dtype {jnp.result_type(average)}, which is no "
+            "average. If these are the codes of a Float8Array, they need its "
+            "exponents: restore both with a template, tx.init(params)."
+        )
+    return jnp.shape(average)
 
 
 def same_shapes(adaptive: Any, bounded: Any) -> None:
@@ -277,11 +339,9 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _dtype(
-    name: str, dtype: Any, accepted: tuple[str, ...], why: str
-) -> np.dtype | None:
-    if dtype is None:
-        return None
+def _dtype(name: str, dtype: Any, accepted: tuple[str, ...], why: str) -> Any:
+    if dtype is None or (isinstance(dtype, str) and dtype == "float8"):
+        return dtype
     try:
         resolved = jnp.dtype(dtype)
     except TypeError:

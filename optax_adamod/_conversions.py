@@ -12,6 +12,7 @@ import optax
 
 from optax_adamod._adamod import ScaleByAdamodState
 from optax_adamod._diagnostics import INJECTED
+from optax_adamod._float8 import Float8Array
 
 _TORCH_NAMES = {"mu": "exp_avg", "nu": "exp_avg_sq", "bound": "exp_avg_lr"}
 
@@ -128,6 +129,7 @@ def from_torch(
     trees = {
         field: _like(getattr(fresh, field), to_tree(averages[key]), f"to_tree's {key}")
         for field, key in _TORCH_NAMES.items()
+        if getattr(fresh, field) is not None
     }
     return _replaced(state, fresh._replace(**trees), step)
 
@@ -207,8 +209,11 @@ def _replaced(
     return jax.tree.map_with_path(replace, state, is_leaf=_is_counter)
 
 
-def _placed(new: Any, old: Any) -> jax.Array:
+def _placed(new: Any, old: Any) -> Any:
     """Returns ``new`` in the dtype and on the devices of ``old``."""
+    if isinstance(old, Float8Array):
+        quantized = Float8Array.quantize(new, signed=old.signed)
+        return jax.tree.map(_placed, quantized, old)
     new = new.astype(old.dtype)
     if isinstance(old, jax.core.Tracer) or not getattr(old, "committed", False):
         return jnp.asarray(new)
@@ -279,23 +284,29 @@ def _check_keys(name: str, stored: Mapping[str, Any]) -> None:
 
 def _like(fresh: optax.Updates, tree: optax.Updates, name: str) -> optax.Updates:
     """Returns ``tree`` with the dtypes, and on the devices, of ``fresh``."""
-    structures = jax.tree.structure(tree), jax.tree.structure(fresh)
+    fresh_treedef = jax.tree.structure(fresh, is_leaf=_is_array)
+    structures = jax.tree.structure(tree), fresh_treedef
     if structures[0] != structures[1]:
         raise ValueError(
             f"{name} is {structures[0]}, and the parameters are {structures[1]}."
         )
 
-    def convert(path: Any, old: jax.Array, new: Any) -> jax.Array:
+    def convert(path: Any, old: Any, new: Any) -> Any:
         if jnp.shape(new) != old.shape:
             raise ValueError(
                 f"{name} at {jax.tree_util.keystr(path)} has shape {jnp.shape(new)}, "
                 f"and the parameter has {old.shape}."
             )
-        if jnp.iscomplexobj(new) and not jnp.iscomplexobj(old):
+        is_real = isinstance(old, Float8Array) or not jnp.iscomplexobj(old)
+        if jnp.iscomplexobj(new) and is_real:
             raise ValueError(
                 f"{name} at {jax.tree_util.keystr(path)} is complex, and the parameter "
                 "is real."
             )
         return _placed(new if isinstance(new, jax.Array) else np.asarray(new), old)
 
-    return jax.tree.map_with_path(convert, fresh, tree)
+    return jax.tree.map_with_path(convert, fresh, tree, is_leaf=_is_array)
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, Float8Array)

@@ -18,6 +18,7 @@ from optax_adamod._adamod import (
     real_dtype,
     scale_by_adamod,
 )
+from optax_adamod._float8 import as_float8, is_float8
 
 INJECTED = optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState
 
@@ -145,13 +146,18 @@ def learning_rates(
         )
     alpha = _checks.at_count(alpha, jnp.maximum(count - 1, 0))
     step = functools.cache(lambda dtype: hyperparameters.at_step(count, alpha, dtype))
-    averages = zip(*map(jax.tree.leaves, state[1:]), strict=True)
+
+    def leaves_of(average):
+        leaves, treedef = jax.tree.flatten(average, is_leaf=is_float8)
+        return [as_float8(leaf) for leaf in leaves], treedef
+
+    (mu, _), (nu, treedef) = leaves_of(state.mu), leaves_of(state.nu)
+    bound = [None] * len(nu) if state.bound is None else leaves_of(state.bound)[0]
     with jax.numpy_dtype_promotion("standard"):
         rates = [
             _leaf_rates(step(real_dtype(*leaf)).eta, leaf[1], leaf[2])
-            for leaf in averages
+            for leaf in zip(mu, nu, bound, strict=True)
         ]
-    treedef = jax.tree.structure(state.nu)
     return LearningRates(*(treedef.unflatten([r[i] for r in rates]) for i in (0, 1)))
 
 
@@ -269,8 +275,11 @@ def _differ(given: Any, kept: Any) -> bool:
 
 @jax.jit
 def _leaf_rates(eta, nu, bound):
-    v, s = (_storage.load(x, eta.numerator.dtype) for x in (nu, bound))
+    v = _storage.load(nu, eta.numerator.dtype)
     adaptive = jnp.where(v > 0, eta(v), jnp.nan)
+    if bound is None:
+        return adaptive, adaptive
+    s = _storage.load(bound, eta.numerator.dtype)
     rate = jnp.minimum(jnp.abs(adaptive), jnp.abs(s))
     return adaptive, jnp.where(eta.numerator < 0, -rate, rate)
 

@@ -1,24 +1,95 @@
 """How averages are stored and loaded.
 
 Averages in float32 and float64 are stored as they are. ``mu`` may be float16, rounded
-to nearest and clipped to its largest number. Averages in bfloat16 are rounded
-stochastically. Rounded to nearest, an average stops moving once its steps are smaller
-than half a unit in the last place. Rounded up or down at random, with probabilities in
-proportion to the distances, it is right on average. The random bits are a hash, so the
-state holds no key.
+to nearest and clipped to its largest number. Averages in bfloat16 and in 8 bits are
+rounded stochastically. Rounded to nearest, an average stops moving once its steps are
+smaller than half a unit in the last place. Rounded up or down at random, with
+probabilities in proportion to the distances, it is right on average. The random bits
+are a hash, so the state holds no key.
 """
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_adamod._float8 import Float8Array, encode
+
+RANDOM_BITS = 20  # of each set: what a float32 has and a code of 8 bits lacks
+
+Stored = jax.Array | Float8Array
+
+
+def load(stored: Stored, dtype: np.dtype) -> jax.Array:
+    """Returns a stored average as numbers of ``dtype``."""
+    if isinstance(stored, Float8Array):
+        return stored.dequantize(dtype)
+    return stored.astype(dtype)
+
+
+def store(
+    averages: tuple[jax.Array | None, ...],
+    stored: tuple[Any, ...],
+    place: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike],
+) -> Iterator[tuple[Any, Any]]:
+    """Stores the averages of one leaf as they were; loads them again.
+
+    Args:
+      averages: Of the gradients, their squares and the learning rates, which may be
+        None.
+      stored: The averages before, whose dtypes the result has.
+      place: The step and the leaf, from which random bits for rounding follow.
+
+    Yields:
+      Each average as it is stored, and the numbers that are loaded from that.
+    """
+    bits: tuple[Any, ...] = None, None, None
+    if any(map(_is_rounded, stored)):
+        bits = random_bits(stored[0].shape, *place)
+    for x, old, own_bits in zip(averages, stored, bits, strict=True):
+        yield (None, None) if x is None else _store(x, old, own_bits)
+
+
+def _store(x: jax.Array, old: Stored, bits: Any) -> tuple[Stored, jax.Array]:
+    if isinstance(old, Float8Array):
+        new = encode(x, old.codes.dtype, bits)
+        return new, _as_identity(x, new.dequantize(x.dtype))
+    if old.dtype == jnp.bfloat16:
+        new = stochastic_round(x, bits >> (RANDOM_BITS - 16))
+    elif old.dtype == jnp.float16:  # whose largest number is 65504
+        largest = jnp.finfo(jnp.float16).max.astype(x.dtype)
+        new = jnp.where(jnp.isfinite(x), jnp.clip(x, -largest, largest), x)
+        new = new.astype(jnp.float16)
+    else:
+        new = x.astype(old.dtype)
+    return new, load(new, x.dtype)
+
+
+def _is_rounded(stored: Stored | None) -> bool:
+    return isinstance(stored, Float8Array) or (
+        stored is not None and stored.dtype == jnp.bfloat16
+    )
+
+
+@jax.custom_jvp
+def _as_identity(x: jax.Array, rounded: jax.Array) -> jax.Array:
+    """Returns ``rounded``, whose derivative is that of ``x``."""
+    del x
+    return rounded
+
+
+@_as_identity.defjvp
+def _as_identity_jvp(primals, tangents):
+    return _as_identity(*primals), tangents[0]
+
 
 def random_bits(
     shape: tuple[int, ...], count: jax.typing.ArrayLike, leaf: jax.typing.ArrayLike
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Three independent sets of 16 random bits for each coordinate of a leaf.
+    """Three independent sets of 20 random bits for each coordinate of a leaf.
 
     They are a hash of the step, the leaf and the coordinate, so they are the same in
     every run, on every sharding and after a restart, and need no storage.
@@ -29,7 +100,7 @@ def random_bits(
       leaf: Index of the leaf among those of the tree.
 
     Returns:
-      Three uint32 arrays of the given shape, below 2**16.
+      Three uint32 arrays of the given shape, below 2**20.
     """
     row, column = _row_and_column(shape)
     # Every operation depends on row and column together. If one depended on the row
@@ -45,39 +116,9 @@ def random_bits(
     )
     word = _mix((row ^ column ^ seed) + step)
     word = _mix(word ^ row)
-    lower = _u32(0xFFFF)
-    return word & lower, _mix(word ^ _u32(0x85EBCA6B)) & lower, word >> 16
-
-
-def load(stored: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Returns a stored average as numbers of ``dtype``."""
-    return stored.astype(dtype)
-
-
-def store(x: jax.Array, stored: jax.Array, bits: jax.Array | None) -> jax.Array:
-    """Returns ``x`` in the dtype of ``stored``; rounding to bfloat16 uses ``bits``."""
-    if _is_rounded(stored):
-        assert bits is not None
-        return stochastic_round(x, bits)
-    if stored.dtype == jnp.float16:  # whose largest number is 65504
-        largest = jnp.finfo(jnp.float16).max.astype(x.dtype)
-        x = jnp.where(jnp.isfinite(x), jnp.clip(x, -largest, largest), x)
-    return x.astype(stored.dtype)
-
-
-def bits_for(
-    averages: tuple[jax.Array, jax.Array, jax.Array],
-    count: jax.typing.ArrayLike,
-    leaf: jax.typing.ArrayLike,
-) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
-    """Returns random bits for three averages of one leaf, if any of them needs some."""
-    if any(map(_is_rounded, averages)):
-        return random_bits(averages[0].shape, count, leaf)
-    return None, None, None
-
-
-def _is_rounded(stored: jax.Array) -> bool:
-    return stored.dtype == jnp.bfloat16
+    other = _mix(word ^ _u32(0x85EBCA6B))
+    lower = (word & _u32(0xFFF)) << 8 | other >> 24
+    return lower, other & _u32(0xFFFFF), word >> 12
 
 
 @jax.custom_jvp

@@ -1,0 +1,391 @@
+"""Are averages in 8 bits small, unbiased, and the same everywhere?"""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from optax_adamod import (
+    Float8Array,
+    _float8,
+    adamod,
+    adamodw,
+    from_adam,
+    held_by_bound,
+    learning_rates,
+    scale_by_adamod,
+)
+
+FLOAT8 = {f"{name}_dtype": "float8" for name in ("mu", "nu", "bound")}
+
+
+def is_float8(x):
+    return isinstance(x, Float8Array)
+
+
+def noise(shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def dequantized(state):
+    return jax.tree.map(
+        lambda x: x.dequantize() if is_float8(x) else x, state, is_leaf=is_float8
+    )
+
+
+def trained(tx, params, steps=4):
+    state, update = tx.init(params), jax.jit(tx.update)
+    updates = params
+    for step in range(steps):
+        gradients = jax.tree.map(
+            lambda p, step=step: jax.device_put(noise(p.shape, step), p.sharding),
+            params,
+        )
+        updates, state = update(gradients, state, params)
+    return updates, state
+
+
+@pytest.mark.parametrize("factory", [adamod, adamodw])
+@pytest.mark.parametrize("convention", ["paper", "torch"])
+def test_three_bytes_a_parameter(factory, convention):
+    params = {"w": jnp.ones((8, 256)), "b": jnp.ones(100)}
+    tx = factory(0.1, convention=convention, **FLOAT8)
+    updates, state = trained(tx, params)
+    averages = [optax.tree.get(state, name) for name in ("mu", "nu", "bound")]
+    size = sum(x.nbytes for x in jax.tree.leaves([a["w"] for a in averages]))
+    assert size / params["w"].size <= 3.05
+    assert all(a["b"].dtype == jnp.float32 for a in averages)
+    chex.assert_tree_all_finite(updates)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(params))
+
+
+@pytest.mark.parametrize("name", ["mu", "nu", "bound"])
+def test_each_average_alone(name):
+    params = jnp.ones((4, 128))
+    _, state = trained(adamod(0.1, **{f"{name}_dtype": "float8"}), params)
+    _, expected = trained(adamod(0.1), params)
+    for other in ("mu", "nu", "bound"):
+        average = optax.tree.get(state, other)
+        assert is_float8(average) == (other == name)
+        chex.assert_trees_all_close(
+            dequantized(average), optax.tree.get(expected, other), rtol=0.5, atol=2e-2
+        )
+    assert "float8[4,128]" in repr(optax.tree.get(state, name))
+
+
+def codes_of(group, bits, signed=False):
+    """Encodes a group of 128 once for each of some random bits."""
+    x = jnp.broadcast_to(jnp.asarray(group, jnp.float32), (len(bits), 128))
+    bits = jnp.asarray(bits, jnp.uint32)[:, None]
+    return _float8.encode(x, _float8.code_dtype(signed), bits).dequantize()
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_mean_of_all_random_bits_is_the_number(signed):
+    """Exactly: every one of 4,096 evenly spaced random words counts once."""
+    octaves = 12 if signed else 30
+    group = np.exp2(np.linspace(-octaves, 0, 128)) * 3e-5
+    if signed:
+        group *= (-1) ** np.arange(128)
+    bits = (np.arange(4096) << 8) + 128
+    rounded = np.asarray(codes_of(group, bits, signed), np.float64)
+    # 4,096 words put the probability within 1/8192, of a spacing of at most 1/8.
+    np.testing.assert_allclose(rounded.mean(axis=0), group, rtol=2e-5)
+    assert np.abs(rounded / group - 1).max() < (1.0 if signed else 0.126)
+    assert np.abs(rounded / group - 1)[:, -40:].max() < 0.126
+    assert all(len(np.unique(column)) <= 2 for column in rounded.T)
+
+
+def test_special_numbers_keep_their_meaning():
+    group = np.ones(128, np.float32)
+    group[:6] = 0, np.inf, np.nan, 1e8, 2.0**-30, np.finfo(np.float32).tiny
+    for bits in (0, 2**19, 2**20 - 1):
+        back = np.asarray(codes_of(group, [bits]))[0]
+        assert back[0] == 0
+        assert back[1] == np.inf
+        assert np.isnan(back[2])
+        assert 0.87e8 <= back[3] <= 1.13e8
+        assert back[4] > 0
+        assert back[5] > 0  # else an update would divide by eps
+        np.testing.assert_allclose(back[6:], 1, rtol=0.126)
+    group[4:6] = -np.inf, -1e7
+    back = np.asarray(codes_of(group, [2**19], signed=True))[0]
+    assert back[4] == -np.inf
+    np.testing.assert_allclose(back[[3, 5]], group[[3, 5]], rtol=0.126)
+    assert np.isnan(codes_of(-group, [0])[0, 6])  # no sign, and no silence
+
+
+@pytest.mark.parametrize("magnitude", [1e-42, 1e-30, 1e-8, 1.0, 1e30, 3.4e38])
+def test_every_magnitude(magnitude):
+    group = np.full(128, magnitude, np.float32)
+    for signed in (False, True):
+        for bits in (0, 2**20 - 1):
+            back = np.asarray(codes_of(group, [bits], signed))
+            assert np.all(np.isfinite(back))
+            if 1e-37 < magnitude < 1e38:
+                np.testing.assert_allclose(back, magnitude, rtol=0.126)
+
+
+def test_quantize_is_to_nearest():
+    x = noise((3, 256))
+    back = Float8Array.quantize(x, signed=True).dequantize()
+    # Half a spacing, of an eighth or less where the offset is far below.
+    np.testing.assert_allclose(back, x, rtol=2**-4, atol=1e-5)
+    with pytest.raises(ValueError, match="multiple of 128"):
+        Float8Array.quantize(jnp.ones((128, 3)), signed=True)
+
+
+def trajectory(steps, coordinates, sigma, spread, **settings):
+    """Means over the second half: nu, bound and |update|."""
+    tx = scale_by_adamod(**settings)
+    scale = jnp.exp(spread * noise((coordinates,), 1))
+
+    def body(carry, step):
+        state, total = carry
+        g = scale * jnp.exp(
+            sigma * jax.random.normal(jax.random.key(step), (coordinates,))
+        )
+        updates, state = tx.update(g, state)
+        seen = dequantized(state)
+        seen = (seen.nu, seen.bound, jnp.abs(updates))
+        late = step >= steps // 2
+        return (state, jax.tree.map(lambda a, x: a + late * x, total, seen)), None
+
+    start = tx.init(scale), (jnp.zeros(coordinates),) * 3
+    run = jax.jit(lambda: jax.lax.scan(body, start, jnp.arange(steps))[0][1])
+    return [np.asarray(x, np.float64) / (steps - steps // 2) for x in run()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("b3", [0.999, 0.9999])
+@pytest.mark.parametrize("sigma", [0.0, 0.5], ids=["constant", "log-normal"])
+def test_averages_follow_float32_for_20000_steps(sigma, b3):
+    """The bound is right by itself; noise in nu raises the mean of 1 / sqrt(nu)."""
+    wide = trajectory(20_000, 2048, sigma, 1.0, b3=b3)
+
+    def errors(**dtypes):
+        narrow = trajectory(20_000, 2048, sigma, 1.0, b3=b3, **dtypes)
+        ratios = [a / b for a, b in zip(narrow, wide, strict=True)]
+        print(
+            sigma,
+            b3,
+            sorted(dtypes),
+            [f"{r.mean():.4f} +- {r.std():.4f}" for r in ratios],
+        )
+        return [abs(r.mean() - 1) for r in ratios]
+
+    assert errors(bound_dtype="float8")[1] < 0.005
+    assert errors(nu_dtype="float8")[0] < 0.005
+    nu, bound, update = errors(**FLOAT8)
+    assert nu < 0.005
+    assert bound < 0.02
+    assert update < 0.03
+
+
+@pytest.mark.parametrize(
+    ("axis_type", "spec"),
+    [
+        (AxisType.Auto, P("x")),
+        (AxisType.Auto, P("x", "y")),
+        (AxisType.Auto, P(None, ("x", "y"))),
+        (AxisType.Explicit, P("x")),
+        (AxisType.Explicit, P("x", "y")),
+    ],
+    ids=str,
+)
+def test_sharded_codes_are_those_of_one_device(axis_type, spec):
+    if jax.device_count() < 8:
+        pytest.skip("8 devices make the mesh; the default of 8 CPU devices has them")
+    params = {"w": jnp.ones((8, 1024)), "v": jnp.ones((8, 1024))}
+    tx = adamod(0.1, **FLOAT8)
+    _, expected = trained(tx, params)
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
+    with jax.set_mesh(mesh):
+        sharding = NamedSharding(mesh, spec)
+        _, actual = trained(tx, jax.device_put(params, sharding))
+        for leaf in jax.tree.leaves(actual[0][1:]):
+            assert leaf.sharding.is_equivalent_to(sharding, 2)
+    far = total = 0
+    pairs = map(jax.tree.leaves, jax.device_get((actual, expected)))
+    for a, b in zip(*pairs, strict=True):
+        apart = np.abs(np.asarray(a, int) - np.asarray(b, int))
+        assert apart.max() <= 1
+        far, total = far + apart.sum(), total + apart.size
+    assert far <= 1e-4 * total
+
+
+def test_exponents_that_a_mesh_does_not_divide_are_replicated():
+    if jax.device_count() < 8:
+        pytest.skip("8 devices make the mesh; the default of 8 CPU devices has them")
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, P(None, "x"))
+    params = jax.device_put(jnp.ones((4, 128)), sharding)
+    state = adamod(0.1, **FLOAT8).init(params)[0]
+    assert state.nu.codes.sharding.is_equivalent_to(sharding, 2)
+    assert state.nu.exponents.sharding.is_fully_replicated
+    updates, state = trained(adamod(0.1, **FLOAT8), params)
+    expected, _ = trained(adamod(0.1, **FLOAT8), jnp.ones((4, 128)))
+    np.testing.assert_allclose(updates, expected, rtol=1e-4)
+
+
+def test_vmap_shard_map_and_restart():
+    tx = scale_by_adamod(**FLOAT8)
+    g = noise((8, 256))
+
+    def two_steps(g, state=None):
+        for _ in range(2):
+            _, state = tx.update(g, tx.init(g) if state is None else state)
+        return state
+
+    members = jax.jit(jax.vmap(two_steps))(g)
+    single = two_steps(g[3])
+    got = jax.tree.map(lambda x: x[3], members)
+    for a, b in zip(*map(jax.tree.leaves, (got, single)), strict=True):
+        assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1
+    mesh = jax.make_mesh((jax.device_count(),), ("x",), axis_types=(AxisType.Auto,))
+    g = jnp.tile(g[0], jax.device_count())
+    shards = jax.jit(
+        jax.shard_map(
+            lambda g: two_steps(g).bound, mesh=mesh, in_specs=P("x"), out_specs=P("x")
+        )
+    )(g)
+    codes = np.asarray(shards.codes, int).reshape(-1, 256)
+    assert np.abs(codes - codes[0]).max() == 0
+    state = two_steps(g)
+    saved = jax.tree.map(jnp.asarray, jax.device_get(state))
+    run = jax.jit(two_steps)
+    chex.assert_trees_all_equal(run(g, saved), run(g, state))
+
+
+def test_adam_state_and_diagnostics():
+    params = {"w": noise((4, 128)), "b": jnp.ones(3)}
+    adam = optax.adam(0.1)
+    _, adam_state = trained(adam, params)
+    tx = adamod(0.1, b3=0.9, **FLOAT8)
+    state = from_adam(adam_state, tx.init(params))
+    np.testing.assert_allclose(
+        optax.tree.get(state, "nu")["w"].dequantize(), adam_state[0].nu["w"], rtol=0.07
+    )
+    for _ in range(3):
+        updates, state = jax.jit(tx.update)(params, state, params)
+    rates = learning_rates(state, 0.1)
+    assert rates.adaptive["w"].shape == (4, 128)
+    # Rates are those that the update used: rate times the corrected momentum.
+    count = optax.tree.get(state, "count")
+    momentum = optax.tree.get(state, "mu")["w"].dequantize() / (1 - 0.9**count)
+    np.testing.assert_allclose(updates["w"], -rates.bounded["w"] * momentum, rtol=1e-4)
+    assert held_by_bound(rates).share["w"] > 0.9
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx: optax.MultiSteps(tx, 2),
+        lambda tx: optax.masked(tx, {"w": True, "b": False}),
+        lambda tx: optax.apply_if_finite(tx, 3),
+        lambda tx: optax.chain(optax.clip(1.0), tx),
+    ],
+    ids=["MultiSteps", "masked", "apply_if_finite", "chain"],
+)
+def test_wrappers(wrap):
+    params = {"w": jnp.ones((4, 128)), "b": jnp.ones(3)}
+    tx, float32 = wrap(adamod(0.1, b3=0.5, **FLOAT8)), wrap(adamod(0.1, b3=0.5))
+    updates, state = trained(tx, params)
+    expected, _ = trained(float32, params)
+    close = np.mean(np.abs(updates["w"] - expected["w"])) / np.mean(
+        np.abs(expected["w"])
+    )
+    assert close < 0.15
+    assert any(map(is_float8, jax.tree.leaves(state, is_leaf=is_float8)))
+
+
+def test_scan_cond_donation_and_injected_hyperparameters():
+    params = noise((2, 128))
+    tx = optax.inject_hyperparams(adamod)(0.1, b3=0.5, **FLOAT8)
+
+    def body(carry, _):
+        params, state = carry
+        updates, new = tx.update(params, state, params)
+        state = jax.lax.cond(state.count % 2 == 0, lambda: new, lambda: new)
+        return (optax.apply_updates(params, updates), state), jnp.sum(params**2)
+
+    _, losses = jax.lax.scan(body, (params, tx.init(params)), None, 20)
+    assert losses[-1] < 0.1 * losses[0]
+    plain = adamod(0.1, **FLOAT8)
+    state = plain.init(params)
+    step = jax.jit(plain.update, donate_argnums=(0, 1))
+    leaves = jax.tree.leaves(state)
+    step(noise((2, 128)), state)
+    assert all(leaf.is_deleted() for leaf in leaves)
+
+
+def test_map_params():
+    params = {"w": jnp.ones((4, 128)), "b": jnp.ones(3)}
+    tx = adamod(0.1, **FLOAT8)
+    state = tx.init(params)
+    marked = optax.tree.map_params(
+        tx, lambda x: f"{x.shape}", state, is_leaf=is_float8, transform_non_params=str
+    )
+    assert marked[0].nu == {"w": "(4, 128)", "b": "(3,)"}
+
+
+def test_derivatives_pass_through_the_rounding():
+    first = jnp.linspace(0.5, 2, 128)
+
+    def derivative(**dtypes):
+        tx = adamod(1.0, b3=0.5, **dtypes)
+        _, state = tx.update(first, tx.init(first))
+        return jax.jacfwd(lambda scale: tx.update(scale * first, state)[0])(-0.5)
+
+    exact = derivative()
+    for name, dtype in FLOAT8.items():
+        chex.assert_trees_all_close(derivative(**{name: dtype}), exact, rtol=0.3)
+
+
+def test_adam_without_a_bound_takes_two_bytes():
+    params = {"w": jnp.ones((4, 128))}
+    tx = adamod(0.1, b3=0, mu_dtype="float8", nu_dtype="float8")
+    updates, state = trained(tx, params)
+    assert state[0].bound is None
+    assert sum(x.nbytes for x in jax.tree.leaves(state[0][1:])) / 512 <= 2.05
+    expected, _ = trained(optax.adam(0.1), params)
+    error = np.mean(np.abs(updates["w"] - expected["w"]))
+    assert error / np.mean(np.abs(expected["w"])) < 0.15
+    exact, _ = trained(adamod(0.1, b3=0), params)
+    np.testing.assert_allclose(exact["w"], expected["w"], rtol=1e-3)
+    rates = learning_rates(state, 0.1)
+    chex.assert_trees_all_equal(rates.adaptive, rates.bounded)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda x: x.codes, "codes of a Float8Array"),
+        (lambda x: Float8Array(x.codes, None), "exponents of the state's nu"),
+        (lambda x: Float8Array(x.codes, x.exponents[:1]), "exponents of shape"),
+        (lambda x: {"codes": x.codes}, "differ in structure"),
+    ],
+    ids=["codes alone", "None", "another shape", "a dictionary of codes"],
+)
+def test_codes_without_exponents_are_refused(spoil, message):
+    params = jnp.ones((4, 128))
+    tx = scale_by_adamod(**FLOAT8)
+    state = tx.init(params)
+    with pytest.raises((TypeError, ValueError), match=message):
+        tx.update(params, state._replace(nu=spoil(state.nu)))
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="no sign"):
+        adamod(-0.1, bound_dtype="float8")
+    with pytest.raises(TypeError, match="is complex"):
+        adamod(0.1, mu_dtype="float8").init(jnp.ones(128, jnp.complex64))
+    params = jnp.ones(128)
+    with pytest.raises(ValueError, match="b3 is not 0"):
+        scale_by_adamod().update(params, scale_by_adamod(b3=0).init(params))
+    with pytest.raises(ValueError, match="state has a bound"):
+        scale_by_adamod(b3=0).update(params, scale_by_adamod().init(params))
