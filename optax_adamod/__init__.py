@@ -15,5 +15,11 @@ from optax_adamod._diagnostics import learning_rates as learning_rates
 from optax_adamod._float8 import Float8Array as Float8Array
 from optax_adamod._histogram import Log10Histogram as Log10Histogram
 from optax_adamod._histogram import log10_histogram as log10_histogram
+from optax_adamod._rounding import (
+    RoundUpdatesStochasticallyState as RoundUpdatesStochasticallyState,
+)
+from optax_adamod._rounding import (
+    round_updates_stochastically as round_updates_stochastically,
+)
 
 __version__ = _version("optax-adamod")

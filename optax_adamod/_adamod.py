@@ -339,18 +339,20 @@ def scale_by_adamod(
       b1: Decay rate of the average of the gradients, in [0, 1).
       b2: Decay rate of the average of the squared gradients, in [0, 1).
       b3: Decay rate of the average of the learning rates, 0 or in [1e-3, 1). The
-        bound opens over about ``1 / (1 - b3)`` steps; 0 gives Adam.
+        bound opens over about ``1 / (1 - b3)`` steps; the number 0 gives Adam, without
+        a bound in the state.
       eps: Added to the root of the second moment; at least 0, in units of the
         gradient.
       eps_root: Added to the second moment inside the root; at least 0, in units of
         the squared gradient. Needed to differentiate through an update.
-      mu_dtype: Dtype of ``mu``, 'bfloat16', 'float16', 'float32' or 'float64'; None for
-        the parameters' own.
-        The accumulator of a complex parameter is complex of that precision.
+      mu_dtype: Dtype of ``mu``, 'float8', 'bfloat16', 'float16', 'float32' or
+        'float64'; None for the parameters' own. The accumulator of a complex parameter
+        is complex of that precision, and cannot be 'float8'.
       nesterov: Whether to use Nesterov momentum, with ``convention='paper'`` only.
-      nu_dtype: Dtype of ``nu``, 'bfloat16', 'float32' or 'float64'; None for the
-        parameters' real dtype, in at least float32.
-      bound_dtype: Dtype of ``bound``, as ``nu_dtype``.
+      nu_dtype: Dtype of ``nu``, 'float8', 'bfloat16', 'float32' or 'float64'; None for
+        the parameters' real dtype, in at least float32.
+      bound_dtype: Dtype of ``bound``, as ``nu_dtype``. In 'float8' it has no sign, so
+        learning rates must not be negative.
       bound_learning_rate: Learning rate inside the bound, a scalar, or a schedule from
         the step count to one; in parameter units per unit of normalised gradient.
       convention: 'paper' for Algorithm 1 of the paper, 'torch' for the authors'

@@ -49,9 +49,10 @@ def adamod(
         u_t &\leftarrow -\min(\eta_t, s_t) \cdot \hat{m}_t.
       \end{align*}
 
-    With :math:`\beta_3 = 0` this is Adam. The bound :math:`s_t` has no bias correction.
-    It averages :math:`\alpha_t` too, so under a schedule it remembers the learning
-    rates of about the last :math:`1/(1-\beta_3)` steps.
+    With :math:`\beta_3 = 0` this is Adam, whose state holds no bound. The bound
+    :math:`s_t` has no bias correction. It averages :math:`\alpha_t` too, so under a
+    schedule it remembers the learning rates of about the last :math:`1/(1-\beta_3)`
+    steps.
     Where :math:`\alpha_t` is negative, so is :math:`\eta_t`; the bound then acts on
     magnitudes, :math:`\operatorname{sign}(\alpha_t) \min(|\eta_t|, |s_t|)`.
 
@@ -74,23 +75,28 @@ def adamod(
         u_t &\leftarrow -\min(\eta_t, s_t) \cdot m_t.
       \end{align*}
 
-    AdaMod rounds averages in bfloat16 stochastically. Rounded to nearest, they would
-    stop at a fraction of their value, where a step is less than half the spacing of
-    bfloat16. The random bits are a hash of step, leaf and coordinate, the same on every
+    AdaMod rounds averages in bfloat16 and in 8 bits stochastically. Rounded to nearest,
+    they would stop at a fraction of their value, where a step is less than half their
+    spacing. The random bits are a hash of step, leaf and coordinate, the same on every
     sharding and after a restart. Inside ``shard_map`` and ``pmap`` the coordinates are
     numbered within a shard, and inside ``vmap`` within a member, so all shards and
-    members round by the same bits. Final losses of a Post-LN Transformer, mean and
-    range of 3 seeds (``python -m experiments.low_precision --steps 600 --seeds 3``),
-    with the random bits of an earlier version:
+    members round by the same bits.
 
-    ============================  =================  ======================
-    averages                      bytes/parameter    final loss, nats
-    ============================  =================  ======================
-    float32                       12                 1.663 (1.652 to 1.678)
-    bfloat16 mu and bound         8                  1.664 (1.652 to 1.685)
-    bfloat16 mu, nu and bound     6                  1.664 (1.649 to 1.684)
-    the same, rounded to nearest  6                  1.658 (1.649 to 1.668)
-    ============================  =================  ======================
+    An average in 8 bits, ``'float8'``, is an :class:`optax_adamod.Float8Array`: codes
+    of which 128 neighbours of the last dimension share an exponent. Parameters whose
+    last dimension is no multiple of 128 keep the average in float32. Keep shards of the
+    last dimension multiples of 128 too, or the update communicates. Final losses
+    of a Post-LN Transformer, mean and range of 3 seeds (``python -m
+    experiments.low_precision --depth 2 --steps 600 --seeds 3``), in which a quarter of
+    the parameters has a last dimension of 32:
+
+    ==================================  =================  ======================
+    averages                            bytes/parameter    final loss, nats
+    ==================================  =================  ======================
+    float32                             12                 1.762 (1.739 to 1.788)
+    bfloat16                            6                  1.765 (1.735 to 1.794)
+    8 bits                              4.91               1.764 (1.737 to 1.793)
+    ==================================  =================  ======================
 
     Args:
       learning_rate: A scalar, or a schedule from the step count to one; in parameter
@@ -99,18 +105,21 @@ def adamod(
       b1: Decay rate of the average of the gradients, in [0, 1).
       b2: Decay rate of the average of the squared gradients, in [0, 1).
       b3: Decay rate of the average of the learning rates, 0 or in [1e-3, 1). The
-        bound opens over about ``1 / (1 - b3)`` steps; 0 gives Adam.
+        bound opens over about ``1 / (1 - b3)`` steps; the number 0 gives Adam, without
+        a bound in the state.
       eps: Added to the root of the second moment, where it avoids a division by zero;
         at least 0, in units of the gradient.
       eps_root: Added to the second moment inside the root; at least 0, in units of
         the squared gradient. Needed to differentiate through an update.
-      mu_dtype: Dtype of the average of the gradients, 'bfloat16', 'float16', 'float32'
-        or 'float64'; None for the parameters' own. For a complex parameter it is the
-        precision.
+      mu_dtype: Dtype of the average of the gradients, 'float8', 'bfloat16', 'float16',
+        'float32' or 'float64'; None for the parameters' own. For a complex parameter it
+        is the precision, and cannot be 'float8'.
       nesterov: Whether to use Nesterov momentum, with ``convention='paper'`` only.
-      nu_dtype: Dtype of the average of the squared gradients, 'bfloat16', 'float32' or
-        'float64'; None for the parameters' real dtype, in at least float32.
-      bound_dtype: Dtype of the average of the learning rates, as ``nu_dtype``.
+      nu_dtype: Dtype of the average of the squared gradients, 'float8', 'bfloat16',
+        'float32' or 'float64'; None for the parameters' real dtype, in at least
+        float32.
+      bound_dtype: Dtype of the average of the learning rates, as ``nu_dtype``. In
+        'float8' it has no sign, so learning rates must not be negative.
       convention: 'paper' for Algorithm 1 of the paper, 'torch' for the authors'
         PyTorch release.
 
@@ -222,23 +231,26 @@ def adamodw(
       b1: Decay rate of the average of the gradients, in [0, 1).
       b2: Decay rate of the average of the squared gradients, in [0, 1).
       b3: Decay rate of the average of the learning rates, 0 or in [1e-3, 1). The
-        bound opens over about ``1 / (1 - b3)`` steps; 0 gives Adam.
+        bound opens over about ``1 / (1 - b3)`` steps; the number 0 gives Adam, without
+        a bound in the state.
       eps: Added to the root of the second moment, where it avoids a division by zero;
         at least 0, in units of the gradient.
       eps_root: Added to the second moment inside the root; at least 0, in units of
         the squared gradient. Needed to differentiate through an update.
-      mu_dtype: Dtype of the average of the gradients, 'bfloat16', 'float16', 'float32'
-        or 'float64'; None for the parameters' own. For a complex parameter it is the
-        precision.
+      mu_dtype: Dtype of the average of the gradients, 'float8', 'bfloat16', 'float16',
+        'float32' or 'float64'; None for the parameters' own. For a complex parameter it
+        is the precision, and cannot be 'float8'.
       weight_decay: Strength of the weight decay, per unit of learning rate: a scalar,
         or a schedule from the step count to one.
       mask: A tree of booleans with the structure of the parameters or a prefix of it,
         or a function from the parameters to such a tree. True for the leaves that
         decay; None for all leaves.
       nesterov: Whether to use Nesterov momentum, with ``convention='paper'`` only.
-      nu_dtype: Dtype of the average of the squared gradients, 'bfloat16', 'float32' or
-        'float64'; None for the parameters' real dtype, in at least float32.
-      bound_dtype: Dtype of the average of the learning rates, as ``nu_dtype``.
+      nu_dtype: Dtype of the average of the squared gradients, 'float8', 'bfloat16',
+        'float32' or 'float64'; None for the parameters' real dtype, in at least
+        float32.
+      bound_dtype: Dtype of the average of the learning rates, as ``nu_dtype``. In
+        'float8' it has no sign, so learning rates must not be negative.
       convention: 'paper' for Algorithm 1 of the paper, 'torch' for the authors'
         PyTorch release.
 

@@ -134,6 +134,18 @@ def parameters(params: Any, mu_dtype: Any) -> None:
             )
 
 
+def no_float16(params: Any) -> None:
+    """Refuses parameters in a dtype that is neither wide nor bfloat16."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if jnp.result_type(leaf) == jnp.float16:
+            raise TypeError(
+                f"the parameter at params{jax.tree_util.keystr(path)} is float16; "
+                "round_updates_stochastically rounds sums with bfloat16 parameters, "
+                "and leaves wider ones alone. Use bfloat16, or leave such parameters "
+                "out with optax.masked."
+            )
+
+
 def state_of_adamod(state: Any, bounded: bool) -> None:
     """Refuses the state of another optimizer, such as Adam's from a checkpoint."""
     if not all(hasattr(state, name) for name in ("count", "mu", "nu", "bound")):

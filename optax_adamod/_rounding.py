@@ -1,0 +1,105 @@
+"""Updates that parameters in bfloat16 can follow."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_adamod import _checks, _storage
+
+# Of the hash, so that parameters and averages of one leaf round by bits of their own.
+_LEAVES = 2**20
+
+
+class RoundUpdatesStochasticallyState(NamedTuple):
+    """State of :func:`round_updates_stochastically`."""
+
+    #: shape=(), dtype=jnp.int32.
+    count: jax.typing.ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
+
+
+def round_updates_stochastically() -> optax.GradientTransformationExtraArgs:
+    r"""Make updates that round parameters in bfloat16 stochastically.
+
+    The last transformation of a chain, of any optimizer. A bfloat16 number has 8
+    significant bits, and :func:`optax.apply_updates` rounds the sum of a parameter and
+    its update to the nearest. It loses every update of less than half the spacing. For
+    a bfloat16 parameter :math:`\theta` and an update :math:`u` this transformation
+    returns the float32 update
+
+    .. math::
+
+      u' = \operatorname{round}(\theta + u) - \theta,
+
+    in which the sum is rounded up or down at random, in proportion to the distances. So
+    :func:`optax.apply_updates` gets a sum that bfloat16 holds, and parameters follow
+    their updates in the mean. The random bits are a hash of step, leaf and coordinate,
+    as those of AdaMod's averages. Updates of float32, float64 and complex parameters
+    stay as they are.
+
+    Returns:
+      The corresponding :class:`optax.GradientTransformationExtraArgs`, whose ``update``
+      needs the parameters.
+
+    Raises:
+      ValueError: From ``update``, if ``params`` is None.
+      TypeError: From ``init`` and ``update``, if a parameter is float16, whose numbers
+        it does not round.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from optax_adamod import round_updates_stochastically
+      >>> def train(*last):
+      ...  solver = optax.chain(optax.sgd(1e-4), *last)
+      ...  params = jnp.ones(1000, jnp.bfloat16)
+      ...  opt_state = solver.init(params)
+      ...  for _ in range(100):
+      ...   updates, opt_state = solver.update(2 * params, opt_state, params)
+      ...   params = optax.apply_updates(params, updates)
+      ...  return float(params.astype(jnp.float32).mean())
+      >>> print('{:.2f}'.format(train()))
+      1.00
+      >>> print('{:.2f}'.format(train(round_updates_stochastically())))
+      0.98
+
+    .. seealso:: :func:`optax_adamod.adamod`.
+    """
+
+    def init_fn(params):
+        _checks.no_float16(params)
+        return RoundUpdatesStochasticallyState(count=jnp.zeros([], jnp.int32))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        if params is None:
+            raise ValueError(
+                "round_updates_stochastically needs the parameters: call "
+                "update(updates, state, params)."
+            )
+        _checks.no_float16(params)
+        count = optax.safe_increment(state.count)
+        leaves, treedef = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
+        rounded = [
+            _rounded(u, p, count, index)
+            for index, (u, p) in enumerate(
+                zip(leaves, treedef.flatten_up_to(params), strict=True)
+            )
+        ]
+        state = RoundUpdatesStochasticallyState(count=count)
+        return treedef.unflatten(rounded), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _rounded(u, p, count, index):
+    if u is None or jnp.result_type(p) != jnp.bfloat16:
+        return u
+    bits = _storage.random_bits(jnp.shape(p), count, np.uint32(_LEAVES + index))[0]
+    wide = jnp.asarray(p, jnp.float32)
+    rounded = _storage.stochastic_round(
+        wide + jnp.asarray(u, jnp.float32), bits >> (_storage.RANDOM_BITS - 16)
+    )
+    return rounded.astype(jnp.float32) - wide

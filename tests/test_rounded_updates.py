@@ -1,0 +1,112 @@
+"""Do parameters in bfloat16 follow their updates in the mean, and others exactly?"""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from optax_adamod import adamod, round_updates_stochastically
+
+
+def followed(steps, rate, *last, dtype=jnp.bfloat16):
+    """4,096 parameters that walk away from random numbers by ``rate`` each step."""
+    tx = optax.chain(optax.scale(-rate), *last)
+    params = jax.random.normal(jax.random.key(0), (32, 128)).astype(dtype)
+
+    def body(carry, _):
+        params, state = carry
+        updates, state = tx.update(jnp.ones((32, 128)), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    run = jax.jit(lambda p: jax.lax.scan(body, (p, tx.init(p)), None, steps)[0][0])
+    end = run(params)
+    assert end.dtype == dtype
+    return np.asarray(end, np.float64) - np.asarray(params, np.float64)
+
+
+@pytest.mark.slow
+def test_parameters_follow_a_rate_of_1e_6_for_20000_steps():
+    moved = followed(20_000, 1e-6, round_updates_stochastically())
+    print(f"{moved.mean():.5f} +- {moved.std():.5f}")
+    # Each walk has a scatter of about 0.009, so the mean of 4,096 has 0.00014.
+    assert abs(moved.mean() + 0.02) < 6e-4
+    frozen = followed(20_000, 1e-6)
+    assert np.mean(frozen != 0) < 0.01
+
+
+def test_parameters_follow_small_updates():
+    moved = followed(400, 1e-4, round_updates_stochastically())
+    assert abs(moved.mean() + 0.04) < 2e-3
+    assert abs(followed(400, 1e-4).mean()) < 0.01
+
+
+def test_wide_parameters_get_the_very_updates():
+    tx = round_updates_stochastically()
+    params = {"w": jnp.ones(8), "c": jnp.ones(3, jnp.complex64), "b": jnp.ones(2)}
+    updates, state = tx.update({**params, "b": None}, tx.init(params), params)
+    chex.assert_trees_all_equal(updates, {**params, "b": None})
+    assert state.count == 1
+
+
+def test_the_sum_is_a_bfloat16():
+    params = jax.random.normal(jax.random.key(0), (64, 64)).astype(jnp.bfloat16)
+    u = 0.1 * jax.random.normal(jax.random.key(1), (64, 64))
+    tx = round_updates_stochastically()
+    updates, _ = jax.jit(tx.update)(u, tx.init(params), params)
+    wide = params.astype(jnp.float32)
+    total = wide + updates
+    chex.assert_trees_all_equal(total, total.astype(jnp.bfloat16).astype(jnp.float32))
+    np.testing.assert_array_less(
+        np.abs(total - wide - u), 2.0**-7 * np.abs(wide + u) + 1e-6
+    )
+    applied = optax.apply_updates(params, updates)
+    chex.assert_trees_all_equal(applied.astype(jnp.float32), total)
+
+
+def test_sharded_sums_are_those_of_one_device():
+    if jax.device_count() < 8:
+        pytest.skip("8 devices make the mesh; the default of 8 CPU devices has them")
+    tx = round_updates_stochastically()
+    p, u = jnp.ones((8, 128), jnp.bfloat16), jnp.full((8, 128), 1e-3)
+    expected, _ = jax.jit(tx.update)(u, tx.init(p), p)
+    for axis_type in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
+        with jax.set_mesh(mesh):
+            sharding = NamedSharding(mesh, P("x", "y"))
+            sharded = jax.device_put((u, p), sharding)
+            actual, _ = jax.jit(tx.update)(sharded[0], tx.init(p), sharded[1])
+            assert actual.sharding.is_equivalent_to(sharding, 2)
+        chex.assert_trees_all_equal(jax.device_get(actual), jax.device_get(expected))
+    assert len(np.unique(expected)) == 2  # rounded up, or down
+
+
+def test_flax():
+    tx = optax.chain(adamod(1e-4, b3=0.5), round_updates_stochastically())
+    model = nnx.Linear(8, 128, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    before = nnx.state(model)["kernel"][...].astype(jnp.float32)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    params = {"w": before.astype(jnp.bfloat16)}
+    state = TrainState.create(apply_fn=lambda: None, params=params, tx=tx)
+    for _ in range(20):
+        gradients = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+        optimizer.update(model, gradients)
+        state = state.apply_gradients(grads=jax.tree.map(jnp.ones_like, params))
+    for after in (nnx.state(model)["kernel"][...], state.params["w"]):
+        assert after.dtype == jnp.bfloat16
+        moved = (after.astype(jnp.float32) - before).mean()
+        assert abs(moved / -2e-3 - 1) < 0.2
+
+
+def test_bad_input():
+    tx = round_updates_stochastically()
+    with pytest.raises(TypeError, match=r"params\['w'\] is float16"):
+        tx.init({"w": jnp.ones(3, jnp.float16)})
+    params = jnp.ones(3, jnp.bfloat16)
+    with pytest.raises(ValueError, match="needs the parameters"):
+        tx.update(params, tx.init(params))
