@@ -218,10 +218,14 @@ def test_links_lead_somewhere(path):
 
 def test_public_names_are_in_readme():
     public = [name for name in vars(optax_adamod) if not name.startswith("_")]
-    states = {"ScaleByAdamodState", "LearningRates", "Log10Histogram", "HeldByBound"}
+    states = {
+        "ScaleByAdamodState", "RoundUpdatesStochasticallyState", "Float8Array",
+        "LearningRates", "Log10Histogram", "HeldByBound",
+    }  # fmt: skip
     functions = {
         "adamod", "adamodw", "scale_by_adamod",
         "learning_rates", "log10_histogram", "held_by_bound", "from_adam", "from_torch",
+        "round_updates_stochastically",
     }  # fmt: skip
     assert set(public) == states | functions
     for name in functions:
