@@ -144,8 +144,7 @@ def code_dtype(signed: bool) -> np.dtype:
 def encode(x: jax.Array, dtype: np.dtype, bits: jax.Array) -> Float8Array:
     """Returns ``x`` in codes of ``dtype``, rounded away from zero if ``bits`` carry.
 
-    Numbers above the largest of their group keep it company at the last finite code;
-    infinities and NaN have codes of their own. Zero stays zero. Unsigned numbers other
+    Infinities and NaN have codes of their own, and do not enter the exponents. Zero stays zero. Unsigned numbers other
     than zero never become zero: an average of squares that did would divide by eps.
     Negative ones become NaN.
 
