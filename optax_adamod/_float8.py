@@ -144,9 +144,9 @@ def code_dtype(signed: bool) -> np.dtype:
 def encode(x: jax.Array, dtype: np.dtype, bits: jax.Array) -> Float8Array:
     """Returns ``x`` in codes of ``dtype``, rounded away from zero if ``bits`` carry.
 
-    Infinities and NaN have codes of their own, and do not enter the exponents. Zero stays zero. Unsigned numbers other
-    than zero never become zero: an average of squares that did would divide by eps.
-    Negative ones become NaN.
+    Infinities and NaN have codes of their own, and do not enter the exponents. Zero
+    stays zero. Unsigned numbers other than zero never become zero: an average of
+    squares that did would divide by eps. Negative ones become NaN.
 
     Args:
       x: Real numbers.
