@@ -38,15 +38,20 @@ def _update_leaf(step, place, g, mu, nu, bound):
     """Algorithm 1 for one leaf; returns the update per unit of learning rate."""
     dtype = g.dtype
     g = g.astype(jnp.result_type(g, step.dtype))
-    real = step.dtype
-    m = step.average_g(_storage.load(mu, g.dtype), g)  # m_t
-    v = step.average_g2(_storage.load(nu, real), jnp.real(jnp.conj(g) * g))  # v_t
-    s = None  # s_t, which takes the rate of v_t before it is rounded
-    if bound is not None:
-        s = step.average_eta(_storage.load(bound, real), step.eta(v))
+    stored = _storage.Averages(mu, nu, bound)
+    packed = stored.packed
 
+    def averages(g):
+        before = stored.load(packed, (g.dtype, step.dtype, step.dtype))
+        return step.averages(g, *before)
+
+    exponents = None, None, None
+    if packed is not None:
+        # A group's largest number determines its codes. The barrier has XLA compute the
+        # averages twice, instead of writing them to memory between the two.
+        exponents = stored.exponents(averages(jax.lax.optimization_barrier(g)))
     # The update uses what is stored, so that the state shows which rates it used.
-    (mu, m), (nu, v), (bound, s) = _storage.store((m, v, s), (mu, nu, bound), place)
+    (mu, m), (nu, v), (bound, s) = stored.store(averages(g), exponents, place)
     # The same rate again, for XLA on CPU: see _Rate.respelled.
     rate = step.eta_per_alpha(v)  # η_t / α_t
     if s is not None:
@@ -166,6 +171,16 @@ class _Step(NamedTuple):
     @property
     def dtype(self) -> np.dtype:
         return self.s_per_alpha.factor.dtype
+
+    def averages(
+        self, g: jax.Array, m: jax.Array, v: jax.Array, s: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Returns m_t, v_t and s_t, of g_t and those of the step before."""
+        m = self.average_g(m, g)
+        v = self.average_g2(v, jnp.real(jnp.conj(g) * g))
+        if s is not None:  # the average of the rates of v_t before it is rounded
+            s = self.average_eta(s, self.eta(v))
+        return m, v, s
 
 
 class Hyperparameters(NamedTuple):

@@ -275,11 +275,11 @@ def _differ(given: Any, kept: Any) -> bool:
 
 @jax.jit
 def _leaf_rates(eta, nu, bound):
-    v = _storage.load(nu, eta.numerator.dtype)
+    stored = _storage.Averages(None, nu, bound)
+    _, v, s = stored.load(stored.packed, [eta.numerator.dtype] * 3)
     adaptive = jnp.where(v > 0, eta(v), jnp.nan)
-    if bound is None:
+    if s is None:
         return adaptive, adaptive
-    s = _storage.load(bound, eta.numerator.dtype)
     rate = jnp.minimum(jnp.abs(adaptive), jnp.abs(s))
     return adaptive, jnp.where(eta.numerator < 0, -rate, rate)
 

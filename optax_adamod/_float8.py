@@ -10,8 +10,9 @@ down to zero. Signed codes reach 2**-18 of the group's largest number, unsigned 
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -60,7 +61,8 @@ class Float8Array:
 
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         """Returns the numbers as an array of ``dtype``, float32 or wider."""
-        return _decode(self.codes, self.exponents).astype(dtype)
+        (x,) = decode([self], pack([self]))
+        return x.astype(dtype)
 
     @classmethod
     def quantize(cls, x: jax.typing.ArrayLike, *, signed: bool) -> "Float8Array":
@@ -80,7 +82,8 @@ class Float8Array:
                 f"the last dimension must be a multiple of {GROUP}, and the shape is "
                 f"{x.shape}."
             )
-        return encode(x, code_dtype(signed), jnp.uint32(2 ** (SHIFT - 1)))
+        dtype, half = code_dtype(signed), 2 ** (SHIFT - 1)
+        return encode(x, exponents(x, dtype), dtype, half)[0]
 
     def __repr__(self) -> str:
         shape = getattr(self.codes, "shape", None)
@@ -141,56 +144,99 @@ def code_dtype(signed: bool) -> np.dtype:
     return np.dtype(np.int8 if signed else np.uint8)
 
 
-def encode(x: jax.Array, dtype: np.dtype, bits: jax.Array) -> Float8Array:
-    """Returns ``x`` in codes of ``dtype``, rounded away from zero if ``bits`` carry.
+def pack(arrays: Sequence[Float8Array]) -> jax.Array:
+    """Returns the exponents of up to three arrays as one array of int32.
 
-    Infinities and NaN have codes of their own, and do not enter the exponents. Zero
-    stays zero. Unsigned numbers other than zero never become zero: an average of
-    squares that did would divide by eps. Negative ones become NaN.
+    A TPU broadcasts exponents by moving them to another layout first, in a kernel for
+    each array.
+    """
+    exponents = [x.exponents.astype(jnp.int32) for x in arrays]
+    return functools.reduce(lambda packed, x: packed << 8 | x, exponents)
+
+
+def decode(arrays: Sequence[Float8Array], packed: jax.Array) -> list[jax.Array]:
+    """Returns the float32 numbers of arrays of one shape, with their packed exponents.
+
+    Args:
+      arrays: The arrays.
+      packed: What :func:`pack` makes of them.
+    """
+    members = _of_members(packed, arrays[0].codes.astype(jnp.int32))
+    shifts = range(8 * (len(arrays) - 1), -1, -8)
+    return [
+        _numbers(x.codes.astype(jnp.int32), members >> shift & 0xFF, x.signed)
+        for x, shift in zip(arrays, shifts, strict=True)
+    ]
+
+
+def exponents(x: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Returns the shared exponents of real numbers to be stored in codes of ``dtype``.
+
+    Infinities and NaN have no part in them.
+    """
+    signed = dtype == jnp.int8
+    finite, _, _ = _special(signed)
+    magnitude, _, _ = _magnitude(x, signed)
+    # The number, and what rounding and the offset may add to it, is below the last
+    # finite code.
+    top = ((magnitude + (2**SHIFT - 1)) >> SHIFT) + 1
+    needed = (top - finite + (2**MANTISSA - 1)) >> MANTISSA
+    highest = ((255 << MANTISSA) - 1 - finite) >> MANTISSA
+    # Of the exponents that its members need, a group has the largest.
+    return largest_of_groups(jnp.clip(needed, _LOWEST, highest).astype(jnp.uint8))
+
+
+def encode(
+    x: jax.Array, exponents: jax.Array, dtype: np.dtype, bits: jax.typing.ArrayLike
+) -> tuple[Float8Array, jax.Array]:
+    """Returns ``x`` in codes, and the numbers of these.
+
+    It is rounded away from zero if ``bits`` carry. Infinities and NaN have codes of
+    their own. Zero stays zero. Unsigned numbers other than zero never become zero: an
+    average of squares that did would divide by eps. Negative ones become NaN.
 
     Args:
       x: Real numbers.
+      exponents: What :func:`exponents` makes of them.
       dtype: int8 or uint8.
       bits: uint32 below ``2**SHIFT``: random for stochastic rounding, half of it for
         rounding to the nearest.
     """
     signed = dtype == jnp.int8
     finite, infinity, nan = _special(signed)
-    x = x.astype(jnp.float32)
-    word = jax.lax.bitcast_convert_type(x, jnp.int32)
-    magnitude = word & 0x7FFFFFFF
-    is_finite, is_nan = magnitude < 0x7F800000, magnitude > 0x7F800000
-    if not signed:
-        is_nan |= x < 0
-    magnitude = jnp.where(is_finite, magnitude, 0)
-    largest = largest_of_groups(magnitude)
-    # The largest number, and what rounding and the offset may add to it, is below the
-    # last finite code.
-    top = ((largest + (2**SHIFT - 1)) >> SHIFT) + 1
-    exponents = (top - finite + (2**MANTISSA - 1)) >> MANTISSA
-    highest = ((255 << MANTISSA) - 1 - finite) >> MANTISSA
-    exponents = jnp.clip(exponents, _LOWEST, highest)
-    exponent = _of_members(exponents)
+    magnitude, is_finite, is_nan = _magnitude(x, signed)
+    exponent = _of_members(exponents, magnitude)
     offset = jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
     shifted = jax.lax.bitcast_convert_type(magnitude, jnp.float32) + offset
-    upper = jax.lax.bitcast_convert_type(shifted, jnp.int32) + bits.astype(jnp.int32)
+    upper = jax.lax.bitcast_convert_type(shifted, jnp.int32)
+    upper += jnp.asarray(bits).astype(jnp.int32)
     code = (upper >> SHIFT) - (exponent << MANTISSA)
     least = 0 if signed else (magnitude > 0).astype(jnp.int32)
     code = jnp.clip(code, least, finite)
     code = jnp.where(is_finite, code, infinity)
     if signed:
-        code = jnp.where(word < 0, -code, code)
+        code = jnp.where(jnp.signbit(x), -code, code)
     code = jnp.where(is_nan, nan, code)
-    return Float8Array(code.astype(dtype), exponents.astype(jnp.uint8))
+    return Float8Array(code.astype(dtype), exponents), _numbers(code, exponent, signed)
 
 
-def _decode(codes: jax.Array, exponents: jax.Array) -> jax.Array:
-    """Returns the float32 numbers."""
-    signed = codes.dtype == jnp.int8
+def _magnitude(x: jax.Array, signed: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the words of numbers without the sign, and which are finite, and NaN.
+
+    The words of infinities and NaN are 0.
+    """
+    x = x.astype(jnp.float32)
+    magnitude = jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
+    is_finite, is_nan = magnitude < 0x7F800000, magnitude > 0x7F800000
+    if not signed:
+        is_nan |= x < 0
+    return jnp.where(is_finite, magnitude, 0), is_finite, is_nan
+
+
+def _numbers(code: jax.Array, exponent: jax.Array, signed: bool) -> jax.Array:
+    """Returns the float32 numbers of codes with their exponents, all int32."""
     finite, infinity, _ = _special(signed)
-    code = codes.astype(jnp.int32)
     magnitude = jnp.abs(code)
-    exponent = _of_members(exponents.astype(jnp.int32))
     offset = jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
     upper = magnitude + (exponent << MANTISSA)
     x = jax.lax.bitcast_convert_type(upper << SHIFT, jnp.float32) - offset
@@ -205,11 +251,35 @@ def _special(signed: bool) -> tuple[int, int, int]:
     return (126, 127, -128) if signed else (253, 255, 254)
 
 
+def _split(x: jax.Array) -> jax.Array:
+    """Returns ``x`` with 8 rows as a dimension of their own, if shards have whole 8s.
+
+    A TPU keeps arrays in tiles of 8 rows and 128 columns. In this shape a group is a
+    row of one tile, so that it takes no copy to see groups.
+    """
+    if x.ndim < 2 or jax.typeof(x).sharding.shard_shape(x.shape)[-2] % 8:
+        return x
+    return x.reshape(*x.shape[:-2], x.shape[-2] // 8, 8, x.shape[-1])
+
+
 def largest_of_groups(x: jax.Array) -> jax.Array:
-    return jnp.max(x.reshape(*x.shape[:-1], x.shape[-1] // GROUP, GROUP), axis=-1)
+    rows = _split(x)
+    grouped = rows.reshape(*rows.shape[:-1], rows.shape[-1] // GROUP, GROUP)
+    return jnp.max(grouped, axis=-1).reshape(groups(x.shape))
 
 
-def _of_members(x: jax.Array) -> jax.Array:
-    """Returns, for each member of a group, what its group has."""
-    members = jnp.broadcast_to(x[..., None], (*x.shape, GROUP))
-    return members.reshape(*x.shape[:-1], x.shape[-1] * GROUP)
+def _of_members(x: jax.Array, words: jax.Array) -> jax.Array:
+    """Returns as int32, for each member of a group, what its group has.
+
+    Args:
+      x: Integers, one for each group.
+      words: int32 in the shape of the members, of which the sign has no part.
+    """
+    members = _split(x)
+    rows = members.shape[:-1]
+    members = jnp.broadcast_to(members[..., None], (*members.shape, GROUP))
+    members = members.reshape(*rows, words.shape[-1]).reshape(words.shape)
+    # Zero, but XLA does not see it. What it saw to depend on the groups alone, it would
+    # compute for them, in kernels of their own.
+    zero = (words & 0x7FFFFFFF) >> 31
+    return (members ^ zero.astype(x.dtype)).astype(jnp.int32)

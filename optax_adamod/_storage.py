@@ -9,54 +9,88 @@ are a hash, so the state holds no key.
 """
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_adamod._float8 import Float8Array, encode
+from optax_adamod import _float8
+from optax_adamod._float8 import Float8Array
 
 RANDOM_BITS = 20  # of each set: what a float32 has and a code of 8 bits lacks
 
 Stored = jax.Array | Float8Array
 
 
-def load(stored: Stored, dtype: np.dtype) -> jax.Array:
-    """Returns a stored average as numbers of ``dtype``."""
-    if isinstance(stored, Float8Array):
-        return stored.dequantize(dtype)
-    return stored.astype(dtype)
+class Averages(NamedTuple):
+    """The averages of one leaf as they are stored: of 8 bits, 16 or more."""
+
+    mu: Any
+    nu: Any
+    bound: Any  # None if there is none
+
+    @property
+    def packed(self) -> jax.Array | None:
+        """The exponents of those in 8 bits, in one array."""
+        arrays = [x for x in self if isinstance(x, Float8Array)]
+        if not arrays:
+            return None
+        # Without the barrier XLA reads them again where they are needed, by when a
+        # donated state has the new ones, so it copies the old.
+        return jax.lax.optimization_barrier(_float8.pack(arrays))
+
+    def load(
+        self, packed: jax.Array | None, dtypes: Sequence[np.dtype]
+    ) -> tuple[Any, ...]:
+        """Returns the numbers, in the dtypes."""
+        arrays = [x for x in self if isinstance(x, Float8Array)]
+        decoded = iter([] if packed is None else _float8.decode(arrays, packed))
+        numbers = (next(decoded) if isinstance(x, Float8Array) else x for x in self)
+        return tuple(
+            x if x is None else x.astype(dtype)
+            for x, dtype in zip(numbers, dtypes, strict=True)
+        )
+
+    def exponents(self, numbers: Sequence[Any]) -> tuple[Any, ...]:
+        """Returns the shared exponents of new numbers, None where there are none."""
+        return tuple(
+            _float8.exponents(x, old.codes.dtype)
+            if isinstance(old, Float8Array)
+            else None
+            for x, old in zip(numbers, self, strict=True)
+        )
+
+    def store(
+        self,
+        numbers: Sequence[Any],
+        exponents: Sequence[Any],
+        place: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike],
+    ) -> Iterator[tuple[Any, Any]]:
+        """Stores new numbers as the old were; loads them again.
+
+        Args:
+          numbers: The averages of the gradients, their squares and the rates.
+          exponents: Their exponents.
+          place: The step and the leaf, from which random bits for rounding follow.
+
+        Yields:
+          Each average as it is stored, and the numbers that are loaded from that.
+        """
+        bits: tuple[Any, ...] = None, None, None
+        if any(map(_is_rounded, self)):
+            bits = random_bits(self.mu.shape, *place)
+        for x, old, *how in zip(numbers, self, exponents, bits, strict=True):
+            yield (None, None) if x is None else _store(x, old, *how)
 
 
-def store(
-    averages: tuple[jax.Array | None, ...],
-    stored: tuple[Any, ...],
-    place: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike],
-) -> Iterator[tuple[Any, Any]]:
-    """Stores the averages of one leaf as they were; loads them again.
-
-    Args:
-      averages: Of the gradients, their squares and the learning rates, which may be
-        None.
-      stored: The averages before, whose dtypes the result has.
-      place: The step and the leaf, from which random bits for rounding follow.
-
-    Yields:
-      Each average as it is stored, and the numbers that are loaded from that.
-    """
-    bits: tuple[Any, ...] = None, None, None
-    if any(map(_is_rounded, stored)):
-        bits = random_bits(stored[0].shape, *place)
-    for x, old, own_bits in zip(averages, stored, bits, strict=True):
-        yield (None, None) if x is None else _store(x, old, own_bits)
-
-
-def _store(x: jax.Array, old: Stored, bits: Any) -> tuple[Stored, jax.Array]:
+def _store(
+    x: jax.Array, old: Stored, exponents: Any, bits: Any
+) -> tuple[Stored, jax.Array]:
     if isinstance(old, Float8Array):
-        new = encode(x, old.codes.dtype, bits)
-        return new, _as_identity(x, new.dequantize(x.dtype))
+        new, rounded = _float8.encode(x, exponents, old.codes.dtype, bits)
+        return new, _as_identity(x, rounded.astype(x.dtype))
     if old.dtype == jnp.bfloat16:
         new = stochastic_round(x, bits >> (RANDOM_BITS - 16))
     elif old.dtype == jnp.float16:  # whose largest number is 65504
@@ -65,7 +99,7 @@ def _store(x: jax.Array, old: Stored, bits: Any) -> tuple[Stored, jax.Array]:
         new = new.astype(jnp.float16)
     else:
         new = x.astype(old.dtype)
-    return new, load(new, x.dtype)
+    return new, new.astype(x.dtype)
 
 
 def _is_rounded(stored: Stored | None) -> bool:

@@ -86,7 +86,10 @@ def codes_of(group, bits, signed=False):
     """Encodes a group of 128 once for each of some random bits."""
     x = jnp.broadcast_to(jnp.asarray(group, jnp.float32), (len(bits), 128))
     bits = jnp.asarray(bits, jnp.uint32)[:, None]
-    return _float8.encode(x, _float8.code_dtype(signed), bits).dequantize()
+    dtype = _float8.code_dtype(signed)
+    coded, numbers = _float8.encode(x, _float8.exponents(x, dtype), dtype, bits)
+    chex.assert_trees_all_equal(coded.dequantize(), numbers)
+    return numbers
 
 
 @pytest.mark.parametrize("signed", [False, True])
