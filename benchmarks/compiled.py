@@ -29,10 +29,12 @@ from benchmarks.optimizers import (
     ADAM,
     ADAMOD,
     ADAMOD_BFLOAT16,
+    ADAMOD_FLOAT8,
     DONATED,
     OPTIMIZERS,
     step,
 )
+from optax_adamod import Float8Array
 
 COLLECTIVES = (
     "all-gather", "all-reduce", "all-to-all", "collective-broadcast",
@@ -53,7 +55,7 @@ TARGETS = {
     ),
 }
 FLATTENED = "AdaMod in optax.flatten"
-COMPARED = {x: OPTIMIZERS[x] for x in (ADAM, ADAMOD, ADAMOD_BFLOAT16)}
+COMPARED = {x: OPTIMIZERS[x] for x in (ADAM, ADAMOD, ADAMOD_BFLOAT16, ADAMOD_FLOAT8)}
 COMPARED[FLATTENED] = lambda: optax.flatten(OPTIMIZERS[ADAMOD]())
 TREES = {
     "mixed": trees.mixed_leaves,
@@ -106,16 +108,28 @@ def mesh(target: str) -> Mesh:
 
 
 def fully_sharded(tree: Any, mesh: Mesh) -> Any:
-    """Splits each leaf over all devices, along its longest dimension that divides."""
+    """Splits each leaf over all devices, along its longest dimension that divides.
 
-    def sharded(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        divisible = [d for d, length in enumerate(leaf.shape) if not length % mesh.size]
+    The last dimension is split by 128 alone, so that no group of averages in 8 bits is,
+    and their exponents are split as their codes.
+    """
+
+    def sharded(leaf: Any) -> Any:
+        if isinstance(leaf, Float8Array):
+            codes = sharded(leaf.codes)
+            exponents = leaf.exponents.update(sharding=codes.sharding)
+            return Float8Array(codes, exponents)
+        last = len(leaf.shape) - 1
+        divisible = [
+            d
+            for d, length in enumerate(leaf.shape)
+            if not length % (mesh.size * (128 if d == last else 1))
+        ]
         longest = max(divisible, key=lambda d: leaf.shape[d], default=None)
         axes = () if longest is None else (*[None] * longest, "fsdp")
-        sharding = NamedSharding(mesh, PartitionSpec(*axes))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return leaf.update(sharding=NamedSharding(mesh, PartitionSpec(*axes)))
 
-    return jax.tree.map(sharded, tree)
+    return jax.tree.map(sharded, tree, is_leaf=lambda x: isinstance(x, Float8Array))
 
 
 def computations(hlo: str) -> dict[str, str]:

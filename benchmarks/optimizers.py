@@ -10,11 +10,15 @@ from optax_adamod import adamod
 ADAM = "Adam"
 ADAMOD = "AdaMod"
 ADAMOD_BFLOAT16 = "AdaMod, bfloat16 mu and bound"
+ADAMOD_FLOAT8 = "AdaMod, 8 bits"
 
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     ADAM: lambda: optax.adam(1e-3),
     ADAMOD: lambda: adamod(1e-3),
     ADAMOD_BFLOAT16: lambda: adamod(1e-3, mu_dtype="bfloat16", bound_dtype="bfloat16"),
+    ADAMOD_FLOAT8: lambda: adamod(
+        1e-3, mu_dtype="float8", nu_dtype="float8", bound_dtype="float8"
+    ),
     "AMSGrad": lambda: optax.amsgrad(1e-3),
     "AdaBelief": lambda: optax.adabelief(1e-3),
     "RAdam": lambda: optax.radam(1e-3),

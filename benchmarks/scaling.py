@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import tyro
 
 from benchmarks import report, trees
-from benchmarks.optimizers import ADAM, ADAMOD, ADAMOD_BFLOAT16
+from benchmarks.optimizers import ADAM, ADAMOD, ADAMOD_BFLOAT16, ADAMOD_FLOAT8
 
 COUNTS = (1, 8, 64, 256, 1024, 4096, 8960)
 TOKENS = 2**22  # in a batch
@@ -61,7 +61,7 @@ def table(chip: Chip, parameters: int) -> list[dict[str, Any]]:
     for chips in COUNTS:
         row: dict[str, Any] = {"chips": chips}
         training = 6 * parameters * TOKENS / (EFFICIENCY * chip.speed * chips)
-        for optimizer in (ADAM, ADAMOD, ADAMOD_BFLOAT16):
+        for optimizer in (ADAM, ADAMOD, ADAMOD_BFLOAT16, ADAMOD_FLOAT8):
             moved, held = compiled_bytes(chip)[optimizer]
             seconds = moved * parameters / chips / chip.bandwidth
             fits = held * parameters / chips < chip.memory
@@ -69,7 +69,7 @@ def table(chip: Chip, parameters: int) -> list[dict[str, Any]]:
             row[f"{optimizer}: ms"] = 1e3 * seconds if fits else None
             share = 100 * seconds / (seconds + training)
             row[f"{optimizer}: % of a step"] = share if fits else None
-        if chips <= chip.largest and row[f"{ADAMOD_BFLOAT16}: ms"] is not None:
+        if chips <= chip.largest and row[f"{ADAMOD_FLOAT8}: ms"] is not None:
             rows.append(row)
     return rows
 

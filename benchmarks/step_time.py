@@ -21,7 +21,14 @@ import tyro
 from tqdm import tqdm
 
 from benchmarks import report, torch_optimizers, trees
-from benchmarks.optimizers import ADAM, ADAMOD, DONATED, OPTIMIZERS, step
+from benchmarks.optimizers import (
+    ADAM,
+    ADAMOD,
+    ADAMOD_FLOAT8,
+    DONATED,
+    OPTIMIZERS,
+    step,
+)
 from benchmarks.timing import (
     Copy,
     Timed,
@@ -79,6 +86,11 @@ def bytes_per_step(optimizer: str, tree: trees.Tree) -> int:
     state = jax.eval_shape(OPTIMIZERS[optimizer]().init, tree)
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     return 3 * 4 * trees.size(tree) + 2 * held
+
+
+def has_groups(tree: trees.Tree) -> bool:
+    """Returns whether any leaf has averages in 8 bits, if they are asked for."""
+    return any(leaf.shape[-1] % 128 == 0 for leaf in tree.values())
 
 
 def compare(
@@ -166,6 +178,7 @@ def main(options: Options) -> dict[str, list[dict[str, Any]]]:
         tables[title] = [
             compare(adam, optimizer, tree(), options.rounds)
             for optimizer in tqdm(wanted, title)
+            if optimizer != ADAMOD_FLOAT8 or has_groups(tree())
         ]
     if "tracing" in options.cases:
         for leaves in (x for x in options.leaves if x >= 16):

@@ -18,6 +18,7 @@ TARGETS = {
     "v5p 8x8x8": "libtpu",
     "2 slices of v5e 16x16": "libtpu",
 }
+FLOAT8 = "AdaMod, 8 bits"
 TREES = ("mixed", "matrix", "16 equal leaves")
 pytestmark = pytest.mark.compiled
 
@@ -54,12 +55,14 @@ def rows(facts):
 
 def test_no_collectives(target):
     _, facts = target
-    assert [row["collectives"] for _, row in rows(facts)] == [0] * 9
+    assert [row["collectives"] for _, row in rows(facts)] == [0] * 12
 
 
 def test_no_temporaries(target):
     _, facts = target
-    for _, row in rows(facts):
+    for optimizer, row in rows(facts):
+        if optimizer == FLOAT8:
+            continue
         # Room for a few scalars a leaf; the smallest leaf has 2,048 parameters.
         assert row["temporaries, bytes"] <= 2048 + 512 * row["leaves"]
 
@@ -84,12 +87,31 @@ def test_bfloat16_takes_few_kernels_more(target):
     assert matrix["AdaMod, bfloat16 mu and bound"]["kernels"] == 1
 
 
+def test_8_bits_take_three_kernels_and_copies_of_exponents(target):
+    """On H100: old exponents are packed, new ones found, and the leaf updated.
+
+    A TPU also copies exponents from one layout to another.
+    """
+    name, facts = target
+    row = facts["matrix"][FLOAT8]
+    assert 0 < row["kernels"] <= (3 if name == "H100" else 8)
+    parameters = 1e6 * row["in + out, MB"] / (row["in"] + row["out"])  # of one chip
+    assert row["temporaries, bytes"] <= 0.05 * parameters
+    row = facts["mixed"][FLOAT8]
+    # Vectors have more on H100, where XLA does not fuse small reductions.
+    assert row["kernels"] <= (5 if name == "H100" else 10) * row["leaves"]
+
+
 def test_equal_leaves_have_one_kernel_to_compile(target):
     """With bfloat16 averages too, though each leaf has random bits of its own."""
     _, facts = target
     for name, row in facts["16 equal leaves"].items():
+        if name == FLOAT8:
+            continue
         assert (name, row["kernels"], row["kinds"]) == (name, 16, 1)
     for name, row in facts["mixed"].items():
+        if name == FLOAT8:  # whose exponents may have one shape in two leaves
+            continue
         assert (name, row["kinds"]) == (name, row["kernels"])
 
 
@@ -100,8 +122,11 @@ def test_bytes_a_parameter(target):
         ("Adam", 8, 16, 12),
         ("AdaMod", 12, 20, 16),
         ("AdaMod, bfloat16 mu and bound", 8, 16, 12),
+        (FLOAT8, 3.023, 11.023, 7.023),
     ):
-        # A TPU keeps the count in 512 bytes, which is 0.004 of a parameter's here.
+        # A TPU keeps the count in 512 bytes, which is 0.004 of a parameter's here,
+        # and pads exponents, by 0.03.
+        room = 0.04 if name == FLOAT8 else 0.01
         assert [matrix[name][x] for x in ("state", "in", "out")] == pytest.approx(
-            [state, read, written], abs=0.01
+            [state, read, written], abs=room
         )
