@@ -1,0 +1,137 @@
+"""What is trained with averages in few bits: most dimensions are multiples of 128."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from examples.common.resnet import ResNet
+from examples.common.stdlib_text import load_text
+from examples.common.transformer import Transformer
+from experiments import image_classification, sleeping_words, translation
+from experiments.data.images import digits
+from experiments.data.text import batches
+from experiments.data.translation import laptop_pairs
+from experiments.data.words import load_words
+from experiments.language_modelling import loss
+from experiments.training import Batch, Task
+
+CONTEXT = 32
+BATCH = 16
+HEADS = 1  # so that a head has the width, a multiple of 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A task, and how it is reported.
+
+    Attributes:
+      task: The task.
+      metric: The column that counts.
+      rows: The last rows of which a final value is the mean.
+    """
+
+    task: Task
+    metric: str
+    rows: int = 1
+
+
+def text(folder: Path, steps: int, width: int) -> Trained:
+    """Returns the bytes of Python's standard library, and a Post-LN Transformer."""
+    tokens = load_text(folder, at_least=BATCH * CONTEXT)
+    task = Task(
+        create_model=lambda rngs: Transformer(2, width, HEADS, CONTEXT, rngs=rngs),
+        loss=loss,
+        batches=lambda seed: batches(tokens, CONTEXT, seed, BATCH),
+        steps=steps,
+        row_every=min(20, steps),
+    )
+    return Trained(task, "loss", rows=5)
+
+
+def words(folder: Path, steps: int, width: int) -> Trained:
+    """Returns its words, all of them, so most embeddings sleep in most steps."""
+    found = load_words(folder, at_least=CONTEXT + 1)
+    vocabulary = -(-len(found.vocabulary) // 128) * 128
+    task = Task(
+        create_model=lambda rngs: Transformer(
+            2, width, HEADS, CONTEXT, vocabulary=vocabulary, rngs=rngs
+        ),
+        loss=loss,
+        batches=lambda seed: batches(found.train, CONTEXT, seed, BATCH // 2),
+        steps=steps,
+        row_every=max(1, steps // 4),
+        evaluate=lambda model: {
+            "validation loss": sleeping_words.validate(
+                model, found, CONTEXT, BATCH // 2
+            )["validation loss"]
+        },
+    )
+    return Trained(task, "validation loss")
+
+
+def images(folder: Path, steps: int, width: int) -> Trained:
+    """Returns scikit-learn's digits, and a ResNet of one stage."""
+    del folder
+    found = digits()
+    task = Task(
+        create_model=lambda rngs: ResNet(
+            (1,), width, found.channels, found.classes, rngs=rngs
+        ),
+        loss=image_classification.loss,
+        batches=lambda seed: found.batches(seed, BATCH),
+        steps=steps,
+        row_every=max(1, steps // 4),
+        evaluate=lambda model: {
+            "test accuracy": image_classification.accuracy(model, found)
+        },
+    )
+    return Trained(task, "test accuracy")
+
+
+def translated(folder: Path, steps: int, width: int) -> Trained:
+    """Returns Babel's phrases, from German to English."""
+    del folder
+    size = dataclasses.replace(
+        translation.SIZES["laptop"],
+        depth=2,
+        width=width,
+        hidden=2 * width,
+        heads=HEADS,
+        vocabulary=1024,
+        row_every=max(1, steps // 2),
+    )
+    corpus = translation.tokenize(laptop_pairs(), size.vocabulary, size.lengths[-1])
+    task = translation.create_task(size, steps, corpus)
+    return Trained(task, "validation loss")
+
+
+TASKS: dict[str, tuple[Callable[[Path, int, int], Trained], int]] = {
+    "text": (text, 3000),
+    "words": (words, 1000),
+    "digits": (images, 600),
+    "translation": (translated, 800),
+}  # each with its steps
+
+
+def in_bfloat16(task: Task) -> Task:
+    """Returns the task with weights and gradients in bfloat16, computed in float32."""
+
+    def cast(model: nnx.Module, dtype: Any) -> nnx.Module:
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+        return nnx.merge(graphdef, params, rest)
+
+    def widened_loss(model: nnx.Module, batch: Batch) -> jax.Array:
+        return task.loss(cast(model, jnp.float32), batch)
+
+    return dataclasses.replace(
+        task,
+        create_model=lambda rngs: cast(task.create_model(rngs), jnp.bfloat16),
+        loss=widened_loss,
+        evaluate=lambda model: task.evaluate(cast(model, jnp.float32)),
+    )
