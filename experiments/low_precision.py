@@ -73,8 +73,7 @@ class Options:
     task: Literal["text", "words", "digits", "translation"] = "text"
     """What is trained."""
     steps: int | None = None
-    """Training steps of each run; by default 3,000 on text, 1,000 on words, 600 on
-    digits and 800 of translation."""
+    """Training steps of each run; by default 3,000 on text, and 600 elsewhere."""
     early: int | None = None
     """An earlier step to report too."""
     width: int = 128

@@ -7,21 +7,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from examples.common.resnet import ResNet
 from examples.common.stdlib_text import load_text
 from examples.common.transformer import Transformer
-from experiments import image_classification, sleeping_words, translation
+from experiments import image_classification, translation
 from experiments.data.images import digits
 from experiments.data.text import batches
 from experiments.data.translation import laptop_pairs
-from experiments.data.words import load_words
+from experiments.data.words import Words, load_words
 from experiments.language_modelling import loss
+from experiments.sleeping_words import validate
 from experiments.training import Batch, Task
 
 CONTEXT = 32
 BATCH = 16
+VOCABULARY = 4096
 HEADS = 1  # so that a head has the width, a multiple of 128
 
 
@@ -54,21 +57,26 @@ def text(folder: Path, steps: int, width: int) -> Trained:
 
 
 def words(folder: Path, steps: int, width: int) -> Trained:
-    """Returns its words, all of them, so most embeddings sleep in most steps."""
+    """Returns its 4,095 most common words, and one for all others.
+
+    Most embeddings sleep in most steps.
+    """
     found = load_words(folder, at_least=CONTEXT + 1)
-    vocabulary = -(-len(found.vocabulary) // 128) * 128
+    found = Words(
+        found.vocabulary[:VOCABULARY],
+        np.minimum(found.train, VOCABULARY - 1),
+        np.minimum(found.validation, VOCABULARY - 1),
+    )
     task = Task(
         create_model=lambda rngs: Transformer(
-            2, width, HEADS, CONTEXT, vocabulary=vocabulary, rngs=rngs
+            2, width, HEADS, CONTEXT, vocabulary=VOCABULARY, rngs=rngs
         ),
         loss=loss,
-        batches=lambda seed: batches(found.train, CONTEXT, seed, BATCH // 2),
+        batches=lambda seed: batches(found.train, CONTEXT, seed, BATCH),
         steps=steps,
-        row_every=max(1, steps // 4),
+        row_every=max(1, steps // 2),
         evaluate=lambda model: {
-            "validation loss": sleeping_words.validate(
-                model, found, CONTEXT, BATCH // 2
-            )["validation loss"]
+            "validation loss": validate(model, found, CONTEXT, BATCH)["validation loss"]
         },
     )
     return Trained(task, "validation loss")
@@ -85,7 +93,7 @@ def images(folder: Path, steps: int, width: int) -> Trained:
         loss=image_classification.loss,
         batches=lambda seed: found.batches(seed, BATCH),
         steps=steps,
-        row_every=max(1, steps // 4),
+        row_every=max(1, steps // 2),
         evaluate=lambda model: {
             "test accuracy": image_classification.accuracy(model, found)
         },
@@ -103,7 +111,7 @@ def translated(folder: Path, steps: int, width: int) -> Trained:
         hidden=2 * width,
         heads=HEADS,
         vocabulary=1024,
-        row_every=max(1, steps // 2),
+        row_every=steps,
     )
     corpus = translation.tokenize(laptop_pairs(), size.vocabulary, size.lengths[-1])
     task = translation.create_task(size, steps, corpus)
@@ -112,9 +120,9 @@ def translated(folder: Path, steps: int, width: int) -> Trained:
 
 TASKS: dict[str, tuple[Callable[[Path, int, int], Trained], int]] = {
     "text": (text, 3000),
-    "words": (words, 1000),
+    "words": (words, 600),
     "digits": (images, 600),
-    "translation": (translated, 800),
+    "translation": (translated, 600),
 }  # each with its steps
 
 

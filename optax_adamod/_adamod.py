@@ -432,7 +432,9 @@ def scale_by_adamod(
     bounded = hyperparameters.bounded
 
     def init_fn(params):
-        _checks.parameters(params, mu_dtype)
+        _checks.parameters(
+            params, mu_dtype=mu_dtype, nu_dtype=nu_dtype, bound_dtype=bound_dtype
+        )
 
         def zeros(dtype_of, *, signed=False):
             return jax.tree.map(

@@ -8,7 +8,14 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from optax_adamod._float8 import Float8Array, groups, is_float8
+from optax_adamod._float8 import (
+    GROUP,
+    Float8Array,
+    groups,
+    is_float8,
+    is_grouped,
+    shard_shape,
+)
 
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
 _COMPLEX = ("complex64", "complex128")
@@ -107,8 +114,8 @@ def signs(name: str, learning_rate: Any, bound_dtype: Any) -> None:
         )
 
 
-def parameters(params: Any, mu_dtype: Any) -> None:
-    """Refuses parameter leaves that are neither floating nor complex."""
+def parameters(params: Any, **dtypes: Any) -> None:
+    """Refuses parameter leaves whose averages cannot be kept, in their dtypes."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = f"the parameter at params{jax.tree_util.keystr(path)}"
         accepted = ", ".join((*_FLOATS, *_COMPLEX))
@@ -126,12 +133,21 @@ def parameters(params: Any, mu_dtype: Any) -> None:
                 f"{name} has dtype {dtype}; AdaMod updates arrays of {accepted}. "
                 f"{way_out}"
             )
-        if mu_dtype == "float8" and jnp.iscomplexobj(leaf):
+        if dtypes["mu_dtype"] == "float8" and jnp.iscomplexobj(leaf):
             raise TypeError(
                 f"{name} is complex, and mu_dtype='float8' is for real parameters. Use "
                 "mu_dtype=None for such parameters, by optax.partition; nu_dtype and "
                 "bound_dtype may be 'float8'."
             )
+        if "float8" in dtypes.values() and is_grouped(shape := jnp.shape(leaf)):
+            # Known of explicit mesh axes; under Auto the compiler splits groups.
+            columns = shard_shape(leaf)[-1]
+            if columns % GROUP:
+                raise ValueError(
+                    f"{name} has shape {shape} in shards of {columns} columns, and "
+                    f"averages in 'float8' have an exponent for each {GROUP}. Shard "
+                    f"the last dimension by multiples of {GROUP}, or another one."
+                )
 
 
 def no_float16(params: Any) -> None:

@@ -140,6 +140,17 @@ def sharding_of(shape: tuple[int, ...], sharding: Any) -> Any:
     return sharding
 
 
+def shard_shape(x: Any) -> tuple[int, ...]:
+    """Returns the shape of a shard, as far as explicit mesh axes split the array."""
+    sharding = jax.typeof(x).sharding
+    shape = list(jnp.shape(x))
+    for dimension, axes in enumerate(sharding.spec):
+        if axes is not None:
+            axes = (axes,) if isinstance(axes, str) else axes
+            shape[dimension] //= math.prod(sharding.mesh.shape[x] for x in axes)
+    return tuple(shape)
+
+
 def code_dtype(signed: bool) -> np.dtype:
     return np.dtype(np.int8 if signed else np.uint8)
 
@@ -257,7 +268,7 @@ def _split(x: jax.Array) -> jax.Array:
     A TPU keeps arrays in tiles of 8 rows and 128 columns. In this shape a group is a
     row of one tile, so that it takes no copy to see groups.
     """
-    if x.ndim < 2 or jax.typeof(x).sharding.shard_shape(x.shape)[-2] % 8:
+    if x.ndim < 2 or shard_shape(x)[-2] % 8:
         return x
     return x.reshape(*x.shape[:-2], x.shape[-2] // 8, 8, x.shape[-1])
 
