@@ -305,7 +305,7 @@ def _zeros(param: Any, dtype: np.dtype, shape: tuple[int, ...]) -> jax.Array:
             )
             return zeros()
     if shape != jnp.shape(param):  # of exponents, with the type that a trace gives them
-        param = _float8.largest_of_groups(jnp.asarray(param))
+        param = _float8.first_of_groups(jnp.asarray(param))
     return jnp.zeros_like(param, dtype=dtype)
 
 

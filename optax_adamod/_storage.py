@@ -8,6 +8,7 @@ probabilities in proportion to the distances, it is right on average. The random
 are a hash, so the state holds no key.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -55,12 +56,11 @@ class Averages(NamedTuple):
 
     def exponents(self, numbers: Sequence[Any]) -> tuple[Any, ...]:
         """Returns the shared exponents of new numbers, None where there are none."""
-        return tuple(
-            _float8.exponents(x, old.codes.dtype)
-            if isinstance(old, Float8Array)
-            else None
-            for x, old in zip(numbers, self, strict=True)
-        )
+        narrow = [isinstance(old, Float8Array) for old in self]
+        codes = [old.codes.dtype for old in itertools.compress(self, narrow)]
+        found = _float8.exponents(list(itertools.compress(numbers, narrow)), codes)
+        shared = iter(found)
+        return tuple(next(shared) if x else None for x in narrow)
 
     def store(
         self,

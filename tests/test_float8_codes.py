@@ -20,7 +20,8 @@ def codes_of(group, bits, signed=False):
     x = jnp.broadcast_to(jnp.asarray(group, jnp.float32), (len(bits), 128))
     bits = jnp.asarray(bits, jnp.uint32)[:, None]
     dtype = _float8.code_dtype(signed)
-    coded, numbers = _float8.encode(x, _float8.exponents(x, dtype), dtype, bits)
+    (shared,) = _float8.exponents([x], [dtype])
+    coded, numbers = _float8.encode(x, shared, dtype, bits)
     chex.assert_trees_all_equal(coded.dequantize(), numbers)
     return numbers
 
@@ -124,6 +125,8 @@ def test_averages_follow_float32_for_20000_steps(sigma, b3):
 
     assert errors(bound_dtype="float8")[1] < 0.005
     assert errors(nu_dtype="float8")[0] < 0.005
+    # The smallest state in which the bound's mean is right to half a percent.
+    assert errors(**FLOAT8 | {"nu_dtype": "bfloat16"})[1] < 0.005
     nu, bound, update = errors(**FLOAT8)
     assert nu < 0.005
     assert bound < 0.02
