@@ -25,7 +25,7 @@ def pytest_ignore_collect(collection_path):
 
 def pytest_xdist_auto_num_workers(config):
     """One process for each core, where they share neither accelerator nor deadline."""
-    everyday = config.option.markexpr == "not compiled and not slow"
+    everyday = config.option.markexpr == "not clients and not compiled and not slow"
     if not everyday or jax.default_backend() != "cpu":
         return 0
     return min(os.cpu_count() or 1, 4)

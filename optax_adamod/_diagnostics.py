@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -69,8 +70,9 @@ def learning_rates(
     Args:
       opt_state: A state that holds one AdaMod state, at any depth of
         :func:`optax.chain`, :func:`optax.masked`, :func:`optax.MultiSteps` and the
-        like, or the ``opt_state`` of a Flax ``nnx.Optimizer``. Leaves that another
-        transformation updates are :class:`optax.MaskedNode`, as in the state.
+        like, the ``opt_state`` of a Flax ``nnx.Optimizer``, or
+        ``nnx.state(optimizer)``, unless ``b3=0``. Leaves that another transformation
+        updates are :class:`optax.MaskedNode`, as in the state.
       learning_rate: What the bound averages, a scalar or the schedule itself: the
         ``learning_rate`` of ``adamod`` and ``adamodw``, the ``bound_learning_rate`` of
         ``scale_by_adamod``. A scalar is that of the last step. A schedule is evaluated
@@ -209,14 +211,14 @@ def _adamod_state(opt_state: Any) -> tuple[ScaleByAdamodState, dict[str, Any]]:
         def is_node(x):
             if not jax.tree_util.all_leaves([x]):
                 seen[type(x).__name__] = None
-            return isinstance(x, (ScaleByAdamodState, *INJECTED))
+            return isinstance(_typed(x), (ScaleByAdamodState, *INJECTED))
 
         for key, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node):
-            place = path + jax.tree_util.keystr(key)
+            place, x = path + jax.tree_util.keystr(key), _typed(x)
             if isinstance(x, ScaleByAdamodState):
                 found[place] = x, hyperparams
             elif isinstance(x, INJECTED):
-                inner = hyperparams | x.hyperparams
+                inner = hyperparams | dict(x.hyperparams)
                 search(x.inner_state, f"{place}.inner_state", inner)
 
     search(opt_state, "opt_state", {})
@@ -232,6 +234,17 @@ def _adamod_state(opt_state: Any) -> tuple[ScaleByAdamodState, dict[str, Any]]:
         )
     ((state, hyperparams),) = found.values()
     return state, hyperparams
+
+
+def _typed(x: Any) -> Any:
+    """Returns the state whose fields a mapping has, as in ``nnx.state(optimizer)``.
+
+    Without a bound the fields would be those of Adam's state too.
+    """
+    for state in (ScaleByAdamodState, *INJECTED):
+        if isinstance(x, Mapping) and set(x) == set(state._fields):
+            return state(**{name: x[name] for name in state._fields})
+    return x
 
 
 def _settings(held: dict[str, Any], **given: Any) -> dict[str, Any]:

@@ -198,6 +198,8 @@ def test_state_is_found_in_flax(inject):
         )
     )
     chex.assert_trees_all_close(in_place(optimizer), rates, rtol=1e-6)
+    of_fields = learning_rates(nnx.state(optimizer), learning_rate, **given)
+    chex.assert_trees_all_equal(*map(jax.tree.leaves, (of_fields, rates)))
     # The biases start from zero, where their gradient is 1.
     eta = 0.1 / np.sqrt((0.9 * 0.1 + 0.1 * np.cos(moved) ** 2) / (1 - 0.9**2))
     assert rates.adaptive["bias"][...].shape == (3,)

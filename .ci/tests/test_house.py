@@ -10,6 +10,7 @@ MAY_IMPORT = {
     "examples": {"optax_adamod"},
     "experiments": {"optax_adamod", "examples"},
     "benchmarks": {"optax_adamod", "examples"},
+    "clients": {"optax_adamod"},
 }
 
 

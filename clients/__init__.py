@@ -1,0 +1,1 @@
+"""Short programs of other people's libraries, with AdaMod in Adam's place."""
