@@ -202,11 +202,18 @@ def test_every_page_is_in_the_contents():
 def test_pages_name_what_exists(path):
     """Scripts, modules and options of the commands, which no build would check."""
     text = path.read_text()
-    rooms = "benchmarks|examples|experiments|tests"
+    rooms = "benchmarks|clients|examples|experiments|tests"
     for script in re.findall(rf"((?:{rooms})/[\w/]+\.\w+)", text):
         assert (ROOT / script).exists(), script
     for module in re.findall(rf"python -m\s+((?:{rooms})\.[\w.]+\w)", text):
         assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
+
+
+def test_every_client_has_a_row():
+    text = (ROOT / "docs" / "other_libraries.md").read_text()
+    named = re.findall(r"`(clients/test_\w+\.py)` \|$", text, re.M)
+    clients = (ROOT / "clients").glob("test_*.py")
+    assert named == sorted(str(path.relative_to(ROOT)) for path in clients)
 
 
 @pytest.mark.parametrize("path", LINKED, ids=lambda path: str(path.relative_to(ROOT)))
