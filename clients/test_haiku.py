@@ -1,4 +1,4 @@
-"""Does a network in Haiku learn as with Adam?"""
+"""Does a network in Haiku learn a function?"""
 
 import pickle
 
@@ -45,10 +45,8 @@ def train(tx, steps, carry=None):
 def test_it_learns_a_sine():
     tx, traces = counted(adamod(0.01, b3=0.9))
     losses, (params, state) = train(tx, 500)
-    adams, _ = train(optax.adam(0.01), 500)
     assert sum(traces) == 1
-    assert losses[-1] < 1e-2 < 0.1 < losses[0]
-    assert min(losses[-50:]) < 2 * min(adams[-50:])
+    assert losses[-1] < 2e-3 < 0.1 < losses[0]
     assert learning_rates(state, 0.01).bounded.keys() == params.keys()
 
 
