@@ -42,7 +42,6 @@ LONG = {
     "pre-commit *": "changes the checkout; the part checks runs the hooks",
     "pytest": "the library's tests; parts of .ci/run by Python's version",
     "pytest -m *": "the parts slow and compiled",
-    "pytest -m clients clients": "the part clients, which installs what it needs",
     "pytest * -m slow*": "the part slow",
     "pytest examples*": "the part rooms",
     "pytest experiments": "the part rooms",
