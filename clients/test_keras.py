@@ -51,6 +51,14 @@ def test_it_learns_a_sine_with_keras_schedule(monkeypatch):
     assert len(traces) == 6  # one for each kernel and bias
 
 
+def test_nearly_without_a_bound_it_is_keras_adam():
+    """With b3 at 1e-3 the bound is 0.1 % behind Adam's rates in the first step."""
+    ours = losses(new_model(AdaMod(1e-3, b3=1e-3)), 10)
+    adams = losses(new_model(keras.optimizers.Adam(1e-3, epsilon=1e-8)), 10)
+    np.testing.assert_allclose(ours, adams, rtol=2e-3)
+    assert adams[-1] < 0.99 * adams[0]
+
+
 def test_it_is_the_transformation():
     """With Keras's losses and gradients, and Optax's loop around them."""
     model = new_model(AdaMod(0.02, b3=0.9))
