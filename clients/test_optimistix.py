@@ -52,3 +52,23 @@ def test_the_state_is_serialised():
     eqx.tree_serialise_leaves(kept, state)
     kept.seek(0)
     chex.assert_trees_all_equal(eqx.tree_deserialise_leaves(kept, like), state)
+
+
+def test_tolerances_of_adam_stop_it_at_once():
+    """Its first step is 1 - b3 of Adam's, and so must the tolerances be."""
+
+    def loss_and_steps(tx, tolerance):
+        solution = minimise(tx, tolerance, 20_000)
+        return rosenbrock(solution.value, None), solution.stats["num_steps"]
+
+    start = rosenbrock(START, None)
+    _, steps = loss_and_steps(optax.adam(1e-2), 1e-3)
+    assert steps > 10
+    linear = optax.linear_schedule(1e-5, 1e-2, 1000)
+    for warmed in (adamod(1e-2), optax.adam(linear)):
+        loss, steps = loss_and_steps(warmed, 1e-3)
+        assert steps == 2
+        assert loss > 0.99 * start
+    loss, steps = loss_and_steps(adamod(1e-2), 1e-6)
+    assert steps > 1000
+    assert loss < 1e-5

@@ -16,9 +16,10 @@ from examples.common.transformer import Transformer
 from experiments import image_classification, translation
 from experiments.data.images import digits
 from experiments.data.text import batches
-from experiments.data.translation import laptop_pairs
+from experiments.data.translation import held_out_batches, laptop_pairs
 from experiments.data.words import Words, load_words
 from experiments.language_modelling import loss
+from experiments.models.translator import Translator
 from experiments.sleeping_words import validate
 from experiments.training import Batch, Task
 
@@ -114,8 +115,18 @@ def translated(folder: Path, steps: int, width: int) -> Trained:
         row_every=steps,
     )
     corpus = translation.tokenize(laptop_pairs(), size.vocabulary, size.lengths[-1])
+    held_out = held_out_batches(corpus.validation, size.lengths, size.tokens)
+
+    def evaluate(model: nnx.Module) -> dict[str, float]:
+        assert isinstance(model, Translator)
+        model.eval()  # without dropout
+        parts = [translation.held_out_loss(model, batch) for batch in held_out]
+        losses, tokens = np.transpose(parts)
+        return {"validation loss": float(np.average(losses, weights=tokens))}
+
     task = translation.create_task(size, steps, corpus)
-    return Trained(task, "validation loss")
+    # Without BLEU, whose beam search takes longer than the training.
+    return Trained(dataclasses.replace(task, evaluate=evaluate), "validation loss")
 
 
 TASKS: dict[str, tuple[Callable[[Path, int, int], Trained], int]] = {
