@@ -40,6 +40,8 @@ class Task:
       row_every: Steps from one row of a run's history to the next.
       evaluate: What each row records of the model beside its training loss, by name.
       record: What each row records of the optimizer's state.
+      evaluate_every: Steps from one evaluation to the next, a multiple of ``row_every``,
+        which it is by default. The last row is always evaluated.
     """
 
     create_model: Callable[[nnx.Rngs], nnx.Module]
@@ -49,6 +51,7 @@ class Task:
     row_every: int
     evaluate: Callable[[nnx.Module], dict[str, float]] = lambda model: {}  # noqa: ARG005
     record: Callable[[Any], dict[str, float]] = lambda opt_state: {}  # noqa: ARG005
+    evaluate_every: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +129,8 @@ def train(task: Task, run: Run, folder: Path, progress: tqdm) -> list[Row]:
     """Trains one run, from its last checkpoint if there is one.
 
     Returns:
-      Rows with ``step``, ``seconds``, ``loss`` (the mean since the row before) and what
-      ``task.evaluate`` gave. The last is at ``task.steps``, or where the loss was no
+      Rows with ``step``, ``seconds``, ``loss`` and ``highest loss`` (the mean and the
+      largest since the row before) and what ``task.evaluate`` gave. The last is at ``task.steps``, or where the loss was no
       longer finite, from which no optimizer here comes back.
     """
     progress.set_description(str(run))
@@ -161,7 +164,7 @@ def go_on(
     step = int(rows[-1]["step"]) if rows else 0
     progress.update(step)
     batches = task.batches(run.seed)
-    train_step = compiled_step(task, run.transformation)
+    train_step = compiled_step(task, run.transformation.update)
     losses: list[jax.Array] = []
     start = time.perf_counter() - (rows[-1]["seconds"] if rows else 0.0)
     saved = time.perf_counter()
@@ -172,10 +175,13 @@ def go_on(
         progress.update()
         if step % task.row_every and step < task.steps:
             continue
-        row = {"step": step, "loss": float(np.mean(jax.device_get(losses)))}
+        since = np.asarray(jax.device_get(losses))
+        row = {"step": step, "loss": float(since.mean())}
         losses.clear()
         if math.isfinite(row["loss"]):
-            row |= task.evaluate(assemble(task, state.params, state.rest))
+            row["highest loss"] = float(since.max())
+            if step % (task.evaluate_every or 1) == 0 or step == task.steps:
+                row |= task.evaluate(assemble(task, state.params, state.rest))
             row |= task.record(state.opt_state)
         else:
             progress.write(f"{run}: the loss of step {step} is {row['loss']}.")
@@ -213,9 +219,12 @@ def assemble(task: Task, params: dict[Any, Any], rest: dict[Any, Any]) -> nnx.Mo
 
 @functools.cache
 def compiled_step(
-    task: Task, transformation: optax.GradientTransformation
+    task: Task, update: optax.TransformUpdateFn
 ) -> Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]:
-    """Returns the jitted step, one for all seeds; it takes the state's memory over."""
+    """Returns the jitted step, one for all runs that share ``update``.
+
+    It takes the state's memory over.
+    """
 
     def loss_and_rest(
         params: dict[Any, Any], rest: dict[Any, Any], batch: Batch
@@ -228,9 +237,7 @@ def compiled_step(
         (loss, rest), gradients = jax.value_and_grad(loss_and_rest, has_aux=True)(
             state.params, state.rest, batch
         )
-        updates, opt_state = transformation.update(
-            gradients, state.opt_state, state.params
-        )
+        updates, opt_state = update(gradients, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         return TrainState(params, rest, opt_state), loss
 

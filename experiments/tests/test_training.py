@@ -103,7 +103,8 @@ def test_a_step_is_the_optimizers(tmp_path, progress):
 def test_rows(tmp_path, progress):
     rows = train(task_of(steps=5), run_of(), tmp_path, progress)
     assert [row["step"] for row in rows] == [2, 4, 5]
-    assert all(list(row) == ["step", "loss", "norm", "seconds"] for row in rows)
+    columns = ["step", "loss", "highest loss", "norm", "seconds"]
+    assert all(list(row) == columns for row in rows)
     seconds = [row["seconds"] for row in rows]
     assert 0 < seconds[0] <= seconds[1] <= seconds[2]
     # The first row's loss is the mean of the first two.
@@ -111,6 +112,14 @@ def test_rows(tmp_path, progress):
     np.testing.assert_allclose(
         rows[0]["loss"], (singly[0]["loss"] + singly[1]["loss"]) / 2, rtol=1e-6
     )
+    assert rows[0]["highest loss"] == max(row["loss"] for row in singly)
+
+
+def test_rows_between_evaluations(tmp_path, progress):
+    task = task_of(steps=9, evaluate_every=4)
+    rows = train(task, run_of(), tmp_path, progress)
+    assert [row["step"] for row in rows] == [2, 4, 6, 8, 9]
+    assert [row["step"] for row in rows if "norm" in row] == [4, 8, 9]
 
 
 @pytest.mark.parametrize("save_every", [0.0, 60.0])

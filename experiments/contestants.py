@@ -1,0 +1,248 @@
+"""The optimizers that are compared everywhere: rivals of AdaMod, and other bounds."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments.other_bounds import (
+    B1,
+    EPS,
+    Bound,
+    growing,
+    lag_corrected,
+    matched_b3,
+    scale_by_bounded_adam,
+    shared,
+    slack,
+)
+from optax_adamod import scale_by_adamod
+
+B3 = 0.99  # of AdaMod, and of all other bounds
+TUNED = (50, 200, 400)  # steps, of the warm-ups of which the best one counts
+SLACKS = (1.5, 2, 3, 4)
+
+Scale = Callable[[float, optax.Schedule], optax.GradientTransformation]
+Warmup = Callable[[float, Any], Any]  # of b2 and the count
+
+
+def no_warmup(b2: float, count: Any) -> float:
+    del b2, count
+    return 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+    """An optimizer.
+
+    Attributes:
+      scale: Makes its updates per unit of learning rate, from ``b2`` and the schedule.
+      warmup: The factor of the learning rate at a count.
+      b3: Of AdaMod and of other bounds.
+      at_jumps: Whether it warms up again whenever the learning rate jumps.
+      candidate: Whether it is a bound that is tried, or the control of one.
+      tuned: Whether it counts as one of several lengths, of which the best is taken.
+    """
+
+    scale: Scale
+    warmup: Warmup = no_warmup
+    b3: float | None = None
+    at_jumps: bool = False
+    candidate: bool = False
+    tuned: bool = False
+
+
+def adam(b2: float, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+    del learning_rate
+    return optax.scale_by_adam(B1, b2, EPS)
+
+
+def radam(b2: float, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+    del learning_rate
+    return optax.scale_by_radam(B1, b2, EPS)
+
+
+def amsgrad(b2: float, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+    del learning_rate
+    return optax.scale_by_amsgrad(B1, b2, EPS)
+
+
+def untuned_linear(b2: float, count: Any) -> Any:
+    """Ma and Yarats's linear warm-up, over 2 / (1 - b2) steps."""
+    return jnp.minimum(1, (count + 1) * (1 - b2) / 2)
+
+
+def untuned_exponential(b2: float, count: Any) -> Any:
+    """Theirs that is exponential."""
+    return 1 - b2 ** (count + 1)
+
+
+def linear(steps: int) -> Warmup:
+    return lambda b2, count: jnp.minimum(1, (count + 1) / steps)  # noqa: ARG005
+
+
+def exponential(b3: float, c: float = 1) -> Warmup:
+    """What a bound with slack ``c`` does to steady rates."""
+    return lambda b2, count: jnp.minimum(1, c * (1 - b3 ** (count + 1)))  # noqa: ARG005
+
+
+def adamod(b3: float, *, candidate: bool = False) -> Contestant:
+    return Contestant(
+        lambda b2, learning_rate: scale_by_adamod(
+            B1, b2, b3, EPS, bound_learning_rate=learning_rate
+        ),
+        b3=b3,
+        candidate=candidate,
+    )
+
+
+def bounded(bound: Bound, b3: float | None = B3) -> Contestant:
+    return Contestant(
+        lambda b2, learning_rate: scale_by_bounded_adam(bound, b2, learning_rate),
+        b3=b3,
+        candidate=True,
+    )
+
+
+# The most telling first, for they are trained in this order.
+CONTESTANTS = {
+    "Adam, linear warm-up over 2/(1-b2)": Contestant(adam, untuned_linear),
+    f"AdaMod, b3 {B3:g}": adamod(B3),
+    "AdaMod, slack 2": bounded(slack(2, B3)),
+    "AdaMod, control of slack 2": adamod(matched_b3(2, B3), candidate=True),
+    "Adam, warm-up of slack 2": Contestant(adam, exponential(B3, 2), candidate=True),
+    f"Adam, exponential warm-up, b3 {B3:g}": Contestant(adam, exponential(B3)),
+    "Adam": Contestant(adam),
+    "RAdam": Contestant(radam),
+    "AMSGrad": Contestant(amsgrad),
+    "Adam, exponential warm-up, b2": Contestant(adam, untuned_exponential),
+    **{
+        f"Adam, linear warm-up over {steps}": Contestant(
+            adam, linear(steps), tuned=True
+        )
+        for steps in TUNED
+    },
+    "Adam, linear warm-up at every jump": Contestant(
+        adam, untuned_linear, at_jumps=True
+    ),
+    "AdaMod, b3 0.999": adamod(0.999),
+    "AdaMod, slack 4": bounded(slack(4, B3)),
+    "AdaMod, control of slack 4": adamod(matched_b3(4, B3), candidate=True),
+    "AdaMod, lag corrected": bounded(lag_corrected(B3)),
+    "AdaMod, growing horizon": bounded(growing(30, 1 / 8), None),
+    "AdaMod, bound of each leaf": bounded(shared(B3, rows=False)),
+    "AdaMod, bound of each row": bounded(shared(B3, rows=True)),
+    "AdaMod, slack 1.5": bounded(slack(1.5, B3)),
+    "AdaMod, control of slack 1.5": adamod(matched_b3(1.5, B3), candidate=True),
+    "AdaMod, slack 3": bounded(slack(3, B3)),
+    "AdaMod, control of slack 3": adamod(matched_b3(3, B3), candidate=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How a task trains, whoever the contestant is.
+
+    Attributes:
+      b2: Decay rate of the second moment.
+      shape: The factor of the learning rate at a count, before any warm-up.
+      since_jump: The count since the learning rate last jumped up, if it jumps.
+      weight_decay: Decoupled.
+      forgets_at: The count at which the optimizer's state is lost, as by a run that is
+        resumed from its parameters alone.
+    """
+
+    b2: float
+    shape: Callable[[Any], Any] = lambda count: 1.0  # noqa: ARG005
+    since_jump: Callable[[Any], Any] | None = None
+    weight_decay: float = 0.0
+    forgets_at: int | None = None
+
+
+def create(
+    contestant: Contestant, schedule: Schedule
+) -> Callable[[jax.typing.ArrayLike], optax.GradientTransformation]:
+    """Returns what makes the contestant's optimizer from a learning rate."""
+
+    def at(learning_rate: jax.typing.ArrayLike) -> optax.GradientTransformation:
+        def steps(count: Any) -> Any:
+            since = count
+            if contestant.at_jumps and schedule.since_jump is not None:
+                since = schedule.since_jump(count)
+            warmed_up = contestant.warmup(schedule.b2, since)
+            return learning_rate * schedule.shape(count) * warmed_up
+
+        tx = optax.chain(
+            contestant.scale(schedule.b2, steps),
+            optax.add_decayed_weights(schedule.weight_decay),
+            optax.scale_by_learning_rate(steps),
+        )
+        if schedule.forgets_at is not None:
+            tx = forgetful(tx, schedule.forgets_at)
+        return tx
+
+    return at
+
+
+class ForgetfulState(NamedTuple):
+    count: jax.Array
+    inner: Any
+
+
+def forgetful(
+    tx: optax.GradientTransformation, at: int
+) -> optax.GradientTransformation:
+    """Returns the optimizer with its state lost once, before the step ``at``."""
+
+    def init_fn(params: optax.Params) -> ForgetfulState:
+        return ForgetfulState(jnp.zeros([], jnp.int32), tx.init(params))
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, ForgetfulState]:
+        assert params is not None
+        lost = state.count == at
+        inner = jax.tree.map(
+            lambda new, old: jnp.where(lost, new, old), tx.init(params), state.inner
+        )
+        updates, inner = tx.update(updates, inner, params)
+        return updates, ForgetfulState(state.count + 1, inner)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+class AtRateState(NamedTuple):
+    learning_rate: jax.Array
+    inner: Any
+
+
+Creates = Callable[[jax.typing.ArrayLike], optax.GradientTransformation]
+
+
+def at_rate(creates: Creates, learning_rate: float) -> optax.GradientTransformation:
+    """Returns the optimizer with its learning rate in the state.
+
+    So all learning rates share one compiled step.
+    """
+
+    def init_fn(params: optax.Params) -> AtRateState:
+        inner = creates(learning_rate).init(params)
+        return AtRateState(jnp.asarray(learning_rate, jnp.float32), inner)
+
+    return optax.GradientTransformation(init_fn, _update_of(creates))
+
+
+@functools.cache
+def _update_of(creates: Creates) -> optax.TransformUpdateFn:
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, AtRateState]:
+        tx = creates(state.learning_rate)
+        updates, inner = tx.update(updates, state.inner, params)
+        return updates, AtRateState(state.learning_rate, inner)
+
+    return update_fn
