@@ -189,6 +189,8 @@ def create(
 
 
 class ForgetfulState(NamedTuple):
+    """The step, which is not lost, and what is."""
+
     count: jax.Array
     inner: Any
 
@@ -216,6 +218,8 @@ def forgetful(
 
 
 class AtRateState(NamedTuple):
+    """The learning rate, and the optimizer's own state."""
+
     learning_rate: jax.Array
     inner: Any
 

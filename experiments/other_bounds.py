@@ -128,8 +128,8 @@ def growing(steps: float, share: float) -> Bound:
 def shared(b3: float, *, rows: bool) -> Bound:
     """One average for each leaf, or each of its rows; it scales all rates alike.
 
-    Averaged is the harmonic mean of the rates, to which parameters that get no gradient,
-    and have unlimited rates, add little.
+    Averaged is the harmonic mean of the rates. Parameters that get no gradient, whose
+    rates know no limit, add little to it.
     """
 
     def of_all(x: jax.Array) -> jax.Array:

@@ -40,8 +40,8 @@ class Task:
       row_every: Steps from one row of a run's history to the next.
       evaluate: What each row records of the model beside its training loss, by name.
       record: What each row records of the optimizer's state.
-      evaluate_every: Steps from one evaluation to the next, a multiple of ``row_every``,
-        which it is by default. The last row is always evaluated.
+      evaluate_every: Steps from one evaluation to the next, a multiple of
+        ``row_every``, which it is by default. The last row is always evaluated.
     """
 
     create_model: Callable[[nnx.Rngs], nnx.Module]
@@ -130,20 +130,39 @@ def train(task: Task, run: Run, folder: Path, progress: tqdm) -> list[Row]:
 
     Returns:
       Rows with ``step``, ``seconds``, ``loss`` and ``highest loss`` (the mean and the
-      largest since the row before) and what ``task.evaluate`` gave. The last is at ``task.steps``, or where the loss was no
-      longer finite, from which no optimizer here comes back.
+      largest since the row before) and what ``task.evaluate`` gave.
+      The last is at ``task.steps``, or where the loss was no longer finite, from which
+      no optimizer here comes back.
     """
     progress.set_description(str(run))
     before = progress.n
-    path = (folder / re.sub(r"[^\w.]+", "_", str(run))).absolute()
-    options = ocp.CheckpointManagerOptions(max_to_keep=1)
-    with ocp.CheckpointManager(path, options=options) as manager:
+    with checkpoints(path_of(run, folder)) as manager:
         rows = restore_rows(manager)
         if not finished(task, rows):
             state = restore_state(manager, initial_state(task, run))
             go_on(task, run, state, rows, manager, progress)
     progress.update(before + task.steps - progress.n)
     return rows
+
+
+def done_so_far(task: Task, runs: Sequence[Run], folder: Path) -> History:
+    """Returns the history of those runs that are finished, without training any."""
+    history: History = {}
+    for run in runs:
+        if (path := path_of(run, folder)).exists():
+            with checkpoints(path) as manager:
+                rows = restore_rows(manager)
+            if finished(task, rows):
+                history[run] = rows
+    return history
+
+
+def path_of(run: Run, folder: Path) -> Path:
+    return (folder / re.sub(r"[^\w.]+", "_", str(run))).absolute()
+
+
+def checkpoints(path: Path) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(path, options=ocp.CheckpointManagerOptions(1))
 
 
 def finished(task: Task, rows: Sequence[Row]) -> bool:

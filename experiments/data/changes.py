@@ -1,0 +1,53 @@
+"""Batches that change on the way: another language, easy stretches, small gradients."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.data.text import batches
+from experiments.training import Batches
+
+Spans = Sequence[tuple[int, int]]  # steps from and up to, counted from 0
+HEADERS = Path(np.get_include())  # in C; they come with NumPy, and so with JAX
+
+
+def load_headers(folder: Path, at_least: int) -> np.ndarray:
+    """Returns the bytes of the folder's C headers, end to end: uint8[N]."""
+    text = b"".join(path.read_bytes() for path in sorted(folder.rglob("*.h")))
+    if len(text) <= at_least:
+        raise ValueError(
+            f"the .h files in {folder} hold {len(text)} bytes; one batch needs more "
+            f"than {at_least}."
+        )
+    return np.frombuffer(text, np.uint8)
+
+
+def within(spans: Spans, step: int) -> bool:
+    return any(start <= step < end for start, end in spans)
+
+
+class Switching:
+    """One sequence of batches, but another one within the spans."""
+
+    def __init__(self, usual: Batches, other: Batches, spans: Spans):
+        self.usual, self.other, self.spans = usual, other, spans
+
+    def __getitem__(self, step: int) -> Any:
+        return (self.other if within(self.spans, step) else self.usual)[step]
+
+
+class Weighted:
+    """Batches with a weight: of their gradients, as the loss of the task says."""
+
+    def __init__(self, batches: Batches, weight: Callable[[int], float]):
+        self.batches, self.weight = batches, weight
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        return {**self.batches[step], "weight": np.float32(self.weight(step))}
+
+
+def easy_batches(context: int, size: int) -> Batches:
+    """Returns batches in which every byte is a space."""
+    return batches(np.full(2 * context, ord(" "), np.uint8), context, 0, size)
