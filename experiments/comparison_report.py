@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -144,7 +145,7 @@ def draw(
     plt.close(figure)
 
 
-def style(name: str) -> dict[str, str]:
+def style(name: str) -> dict[str, Any]:
     names = [*CONTESTANTS]
     index = names.index(name) if name in names else len(names)
     return {"color": f"C{index % 10}", "linestyle": STYLES[index // 10 % len(STYLES)]}

@@ -191,7 +191,7 @@ def create(
 class ForgetfulState(NamedTuple):
     """The step, which is not lost, and what is."""
 
-    count: jax.Array
+    step: jax.Array
     inner: Any
 
 
@@ -207,12 +207,12 @@ def forgetful(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, ForgetfulState]:
         assert params is not None
-        lost = state.count == at
+        lost = state.step == at
         inner = jax.tree.map(
             lambda new, old: jnp.where(lost, new, old), tx.init(params), state.inner
         )
         updates, inner = tx.update(updates, inner, params)
-        return updates, ForgetfulState(state.count + 1, inner)
+        return updates, ForgetfulState(state.step + 1, inner)
 
     return optax.GradientTransformation(init_fn, update_fn)
 

@@ -32,7 +32,7 @@ class Bound(NamedTuple):
 class BoundedAdamState(NamedTuple):
     """What Adam remembers, and for each leaf what its bound remembers."""
 
-    count: jax.Array
+    step: jax.Array
     mu: optax.Updates
     nu: optax.Updates
     bound: Any  # a list, by leaf
@@ -58,8 +58,8 @@ def scale_by_bounded_adam(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, BoundedAdamState]:
         del params
-        alpha = jnp.asarray(learning_rate(state.count))
-        count = optax.safe_increment(state.count)
+        alpha = jnp.asarray(learning_rate(state.step))
+        count = jnp.asarray(optax.safe_increment(state.step))
         m_correction, v_correction = 1 - B1**count, 1 - b2**count
 
         def leaf(
