@@ -1,0 +1,227 @@
+"""Which share of CUTEst's small unconstrained problems does each contestant solve?
+
+The problems are sif2jax's; gradients are exact and learning rates constant. A problem
+is solved by a contestant that comes as far down from the start as the best of all, but
+for a share (Moré and Wild's test):
+
+    python -m experiments.cutest
+
+A run that was stopped goes on.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+import sif2jax
+from jax.flatten_util import ravel_pytree
+from tqdm import tqdm
+
+from examples.common.options import check_counts, check_rates
+from examples.common.results import machine, table, versions
+from experiments.command import command
+from experiments.comparison_report import style
+from experiments.contestants import CONTESTANTS, Creates, Schedule, at_rate, create
+from experiments.report import PACKAGES
+from experiments.training import check_settings
+
+B2 = 0.999
+KEPT = 40  # budgets of which the lowest value so far is kept, evenly spaced
+
+Lowest = Mapping[str, Mapping[str, Sequence[float]]]  # by contestant and rate, of one
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Compares optimizers on CUTEst's problems."""
+
+    contestants: tuple[str, ...] = tuple(
+        name for name, x in CONTESTANTS.items() if not x.at_jumps
+    )
+    """Which optimizers."""
+    rates: tuple[float, ...] = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+    """Learning rates."""
+    steps: int = 1600
+    """Steps on each problem, a multiple of 40."""
+    variables: int = 20
+    """The most variables of a problem."""
+    problems: tuple[str, ...] = ()
+    """Names of problems, by default all of those."""
+    tolerance: float = 1e-3
+    """The share of the best descent that may be missing."""
+    output: Path = Path("outputs/cutest")
+    """Folder for the results; a run that was stopped goes on."""
+
+    def __post_init__(self) -> None:
+        check_counts(self, "steps", "variables")
+        check_rates(self)
+        if unknown := set(self.contestants) - set(CONTESTANTS):
+            raise ValueError(
+                f"--contestants: {unknown} unknown; there are {[*CONTESTANTS]}."
+            )
+        if self.steps % KEPT:
+            raise ValueError(f"--steps must be a multiple of {KEPT}, got {self.steps}.")
+        if not 0 < self.tolerance < 1:
+            raise ValueError(f"--tolerance must be in (0, 1), got {self.tolerance}.")
+
+
+def chosen(options: Options) -> list[Any]:
+    """Returns the problems, the smallest first."""
+    known = sif2jax.unconstrained_minimisation_problems
+    if unknown := set(options.problems) - {x.name for x in known}:
+        raise ValueError(f"--problems: {unknown} unknown to sif2jax.")
+    small = [
+        x
+        for x in known
+        if x.num_variables() <= options.variables
+        and (not options.problems or x.name in options.problems)
+    ]
+    return sorted(small, key=lambda x: (x.num_variables(), x.name))
+
+
+def objective_of(problem: Any) -> tuple[Callable[[jax.Array], jax.Array], jax.Array]:
+    """Returns the objective of a vector, and where it starts."""
+    start, unravel = ravel_pytree(problem.y0)
+    args = problem.args
+    return lambda x: jnp.sum(problem.objective(unravel(x), args)), start
+
+
+def lowest(
+    objective: Callable[[jax.Array], jax.Array],
+    start: jax.Array,
+    creates: Creates,
+    rates: Sequence[float],
+    steps: int,
+) -> np.ndarray:
+    """Returns the lowest value so far before every step: [rates, steps].
+
+    A value that is no number counts for nothing.
+    """
+    update = at_rate(creates, 0.0).update
+
+    def step(carry: Any, _: Any) -> Any:
+        x, state, least = carry
+        value, gradient = jax.value_and_grad(objective)(x)
+        least = jnp.fmin(least, value)
+        updates, state = update(gradient, state, x)
+        return (optax.apply_updates(x, updates), state, least), least
+
+    def run(state: Any) -> jax.Array:
+        carry = (start, state, jnp.full([], jnp.inf, start.dtype))
+        return jax.lax.scan(step, carry, length=steps)[1]
+
+    states = [at_rate(creates, rate).init(start) for rate in rates]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
+    return np.asarray(jax.jit(jax.vmap(run))(stacked))
+
+
+def solve(problem: Any, options: Options, path: Path) -> None:
+    """Adds to the file of a problem what contestants are missing in it."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    objective, start = objective_of(problem)
+    every = options.steps // KEPT
+    for name in options.contestants:
+        if name in found:
+            continue
+        creates = create(CONTESTANTS[name], Schedule(B2))
+        values = lowest(objective, start, creates, options.rates, options.steps)
+        kept = np.concatenate([values[:, :1], values[:, every - 1 :: every]], axis=1)
+        found[name] = {
+            f"{rate:g}": [x if math.isfinite(x) else None for x in row]
+            for rate, row in zip(options.rates, kept.tolist(), strict=True)
+        }
+        whole = path.with_suffix(".tmp")
+        whole.write_text(json.dumps(found))
+        whole.replace(path)
+
+
+def solved(found: Sequence[Lowest], tolerance: float) -> dict[str, np.ndarray]:
+    """Returns by contestant which problems it has solved: bool[problems, rates, kept].
+
+    The first of those kept is the start, from which nobody has come down yet.
+    """
+    by_problem: dict[str, list[np.ndarray]] = {}
+    for one in found:
+        values = {
+            name: np.array([*by_rate.values()], float) for name, by_rate in one.items()
+        }
+        start = next(iter(values.values()))[0, 0]
+        best = min(np.nanmin(x) for x in values.values())
+        for name, x in values.items():
+            done = start - x >= (1 - tolerance) * (start - best)
+            by_problem.setdefault(name, []).append(done)
+    return {name: np.stack(x) for name, x in by_problem.items()}
+
+
+def shares_table(solved_by: Mapping[str, np.ndarray], rates: Sequence[float]) -> str:
+    """Returns the share solved in the end, at one rate for all or at any."""
+    rows = []
+    for name, done in solved_by.items():
+        shares = done[:, :, -1].mean(axis=0)
+        best = int(shares.argmax())
+        rows.append(
+            {
+                "optimizer": name,
+                "best lr for all": f"{rates[best]:g}",
+                "solved at it, percent": f"{100 * shares[best]:.1f}",
+                "at any lr, percent": f"{100 * done[:, :, -1].any(axis=1).mean():.1f}",
+            }
+        )
+    rows.sort(key=lambda row: -float(row["solved at it, percent"]))
+    return table(rows)
+
+
+def draw(solved_by: Mapping[str, np.ndarray], steps: int, path: Path) -> None:
+    """Draws the share solved by budget, each at its best learning rate for all."""
+    figure, axes = plt.subplots(figsize=(10, 5.5), layout="constrained")
+    budgets = np.linspace(0, steps, KEPT + 1)
+    for name, done in solved_by.items():
+        share = done.mean(axis=0)
+        axes.plot(budgets, share[share[:, -1].argmax()], label=name, **style(name))
+    axes.set(xlabel="gradients", ylabel="share of the problems solved")
+    figure.legend(loc="outside right upper", fontsize="x-small")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def main(options: Options) -> dict[str, np.ndarray]:
+    folder = options.output / "problems"
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"rates": options.rates, "steps": options.steps}
+    check_settings(folder / "settings.json", settings | versions(("sif2jax",)))
+    with jax.enable_x64(True):  # CUTEst's own precision
+        problems = chosen(options)
+        with tqdm(problems, unit="problem") as progress:
+            for problem in progress:
+                progress.set_description(problem.name)
+                solve(problem, options, folder / f"{problem.name}.json")
+                jax.clear_caches()  # no program is of use to another problem
+    found = []
+    for problem in problems:
+        one = json.loads((folder / f"{problem.name}.json").read_text())
+        found.append({name: one[name] for name in options.contestants})
+    solved_by = solved(found, options.tolerance)
+    used = ", ".join(
+        f"{key} {value}" for key, value in versions((*PACKAGES, "sif2jax")).items()
+    )
+    text = (
+        f"# cutest\n\n{len(problems)} problems of up to {options.variables} variables, "
+        f"{options.steps:,} steps, tolerance {options.tolerance:g}; {machine()}; "
+        f"{used}.\n\n{shares_table(solved_by, options.rates)}\n"
+    )
+    (options.output / "cutest.md").write_text(text)
+    draw(solved_by, options.steps, options.output / "cutest.png")
+    print(text)
+    return solved_by
+
+
+if __name__ == "__main__":
+    command(main, Options, __doc__)
