@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import sif2jax
 from jax.flatten_util import ravel_pytree
 from tqdm import tqdm
 
@@ -75,6 +74,8 @@ class Options:
 
 def chosen(options: Options) -> list[Any]:
     """Returns the problems, the smallest first."""
+    import sif2jax  # which takes a minute, for its large problems
+
     known = sif2jax.unconstrained_minimisation_problems
     if unknown := set(options.problems) - {x.name for x in known}:
         raise ValueError(f"--problems: {unknown} unknown to sif2jax.")

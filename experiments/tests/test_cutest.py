@@ -44,6 +44,7 @@ def test_solved_is_near_the_best_of_all():
     assert not cutest.solved([first], tolerance=1e-3)["Adam"].any()
 
 
+@pytest.mark.slow
 def test_a_problem(tmp_path, capsys):
     options = cutest.Options(
         contestants=("Adam",), rates=(1e-3, 0.1), steps=40, problems=("ROSENBR",),
