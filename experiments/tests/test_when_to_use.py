@@ -180,12 +180,13 @@ def test_batches_change_in_spans():
     np.testing.assert_array_equal(easy, np.full((3, 5), ord(" ")))
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_weight_scales_gradients_and_not_the_loss():
     model = byte_model(SMALL, 1)(nnx.Rngs(0))
     batch = easy_batches(CONTEXT, 2)
     full, small = (Weighted([batch[0]], lambda step, w=w: w)[0] for w in (1.0, 1e-3))
     (loss, gradient), (same, smaller) = (
-        nnx.value_and_grad(weighted_loss)(model, x) for x in (full, small)
+        nnx.jit(nnx.value_and_grad(weighted_loss))(model, x) for x in (full, small)
     )
     np.testing.assert_allclose(same, loss, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(smaller), strict=True):
