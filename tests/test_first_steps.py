@@ -102,7 +102,7 @@ def test_inner_loops_start_anew():
     assert after_inner_loops(adamod(0.2, b3=0, **settings)) < 0.05
 
 
-def on_plateaus(tx, steps=4000, **settings):
+def on_plateaus(tx, steps=8000, **settings):
     """Losses and scales, over 10 seeds, of a noisy linear regression."""
     solver = optax.chain(
         tx, contrib.reduce_on_plateau(factor=0.5, accumulation_size=20, **settings)
@@ -140,12 +140,14 @@ def impatient():
     return {name: on_plateaus(tx, patience=5) for name, tx in optimizers.items()}
 
 
+@pytest.mark.slow
 def test_the_scale_sinks_without_end_for_adam_too(impatient):
     """Where only noise is left no loss falls, and nothing limits the scale."""
     for _, scales in impatient.values():
-        assert np.all(scales < 1e-4)
+        assert np.all(scales < 1e-12)
 
 
+@pytest.mark.slow
 def test_a_plateau_shorter_than_the_warm_up_ends_some_runs(impatient):
     """Those of Adam under the exponential warm-up, too."""
     lost = {name: int(np.sum(losses > 1)) for name, (losses, _) in impatient.items()}
@@ -153,6 +155,7 @@ def test_a_plateau_shorter_than_the_warm_up_ends_some_runs(impatient):
     assert 0 < lost["AdaMod"] == lost["warmed"] < 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [dict(patience=50), dict(patience=5, min_scale=0.1)],
