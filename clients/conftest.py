@@ -6,6 +6,7 @@ import jax
 import pytest
 
 os.environ["KERAS_BACKEND"] = "jax"
+os.environ["NETKET_ENABLE_X64"] = "0"  # its import would set 64 bits for all others
 
 
 def pytest_configure(config):
