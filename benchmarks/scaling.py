@@ -50,7 +50,13 @@ def compiled_bytes(chip: Chip) -> dict[str, tuple[float, float]]:
     )
     held = 1e6 * chip.chips / trees.size(trees.matrix())
     return {
-        row["optimizer"]: (row["in"] + row["out"], held * row["held, MB"])
+        # In 8 bits a first pass reads the gradients and the state, for the exponents.
+        row["optimizer"]: (
+            row["in"]
+            + row["out"]
+            + (4 + row["state"] if row["optimizer"] == ADAMOD_FLOAT8 else 0),
+            held * row["held, MB"],
+        )
         for row in rows
     }
 

@@ -122,7 +122,7 @@ def bytes_table(tasks: dict[str, Task], runs: dict[str, Run]) -> str:
         state = nnx.eval_shape(
             lambda run=run, name=name: initial_state(tasks[name], run)
         )
-        count = optax.tree.size(state.params)
+        count = sum(x.size for x in jax.tree.leaves(state.params))
         averages = [
             optax.tree.get(state.opt_state, field) for field in ("mu", "nu", "bound")
         ]

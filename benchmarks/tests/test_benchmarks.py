@@ -189,7 +189,7 @@ def test_scaling_follows_the_bytes(monkeypatch):
     monkeypatch.setattr(
         scaling,
         "compiled_bytes",
-        lambda chip: dict.fromkeys(list(optimizers.OPTIMIZERS)[:3], (36.0, 20.0)),
+        lambda chip: dict.fromkeys(optimizers.OPTIMIZERS, (36.0, 20.0)),
     )
     rows = scaling.table(scaling.CHIPS["v5p"], 8 * 10**9)
     assert [row["chips"] for row in rows] == [8, 64, 256, 1024, 4096, 8960]
@@ -198,6 +198,21 @@ def test_scaling_follows_the_bytes(monkeypatch):
     training = 6 * 8e9 * 2**22 / (0.4 * 459e12 * 8)
     share = rows[0]["AdaMod: ms"] / 1e3 / (rows[0]["AdaMod: ms"] / 1e3 + training)
     assert rows[0]["AdaMod: % of a step"] == pytest.approx(100 * share)
+
+
+def test_8_bits_read_gradients_and_state_twice():
+    chip = scaling.CHIPS["H100"]
+    (rows,) = (
+        rows
+        for title, rows in json.loads(
+            (scaling.report.RESULTS / "compiled.json").read_text()
+        )["tables"].items()
+        if title.startswith("H100") and ", matrix:" in title
+    )
+    row = next(row for row in rows if row["optimizer"] == optimizers.ADAMOD_FLOAT8)
+    moved, _ = scaling.compiled_bytes(chip)[optimizers.ADAMOD_FLOAT8]
+    assert moved == pytest.approx(row["in"] + row["out"] + 4 + row["state"])
+    assert 25 < moved < 25.2
 
 
 HLO = """HloModule jit_update, is_scheduled=true
