@@ -23,7 +23,7 @@ CASES = ("float32", "8 bits", "8 bits, bfloat16 weights", "8 bits, rounded to ne
 def test_every_task_by_every_case(tmp_path, capsys, task):
     cases = CASES if task == "text" else CASES[2:3]
     options = low_precision.Options(
-        task=task, steps=2, seeds=1, cases=cases, output=tmp_path
+        task=task, steps=6, seeds=1, cases=cases, output=tmp_path
     )
     history = low_precision.main(options)
     printed = capsys.readouterr().out
