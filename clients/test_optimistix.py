@@ -21,9 +21,9 @@ def rosenbrock(point, args):
     return (1 - point["x"]) ** 2 + 100 * (point["y"] - point["x"] ** 2) ** 2
 
 
-def minimise(tx, tolerance, steps):
+def minimise(tx, tolerance, steps, start=START):
     solver = optx.OptaxMinimiser(tx, rtol=tolerance, atol=tolerance)
-    return optx.minimise(rosenbrock, solver, START, max_steps=steps, throw=False)
+    return optx.minimise(rosenbrock, solver, start, max_steps=steps, throw=False)
 
 
 def test_the_minimum_of_rosenbrocks_function():
@@ -56,19 +56,20 @@ def test_the_state_is_serialised():
 
 def test_tolerances_of_adam_stop_it_at_once():
     """Its first step is 1 - b3 of Adam's, and so must the tolerances be."""
+    start = {"x": jnp.asarray(-1.2), "y": jnp.asarray(1.0)}  # where the loss is 24.2
 
     def loss_and_steps(tx, tolerance):
-        solution = minimise(tx, tolerance, 20_000)
+        solution = minimise(tx, tolerance, 20_000, start)
         return rosenbrock(solution.value, None), solution.stats["num_steps"]
 
-    start = rosenbrock(START, None)
-    _, steps = loss_and_steps(optax.adam(1e-2), 1e-3)
+    loss, steps = loss_and_steps(optax.adam(1e-2), 1e-3)
     assert steps > 10
+    assert loss < 5
     linear = optax.linear_schedule(1e-5, 1e-2, 1000)
     for warmed in (adamod(1e-2), optax.adam(linear)):
         loss, steps = loss_and_steps(warmed, 1e-3)
         assert steps == 2
-        assert loss > 0.99 * start
+        assert loss > 24
     loss, steps = loss_and_steps(adamod(1e-2), 1e-6)
     assert steps > 1000
-    assert loss < 1e-5
+    assert loss < 1e-6

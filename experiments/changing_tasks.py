@@ -25,7 +25,6 @@ from experiments.data.changes import (
     Switching,
     Weighted,
     easy_batches,
-    load_headers,
     within,
 )
 from experiments.data.text import batches
@@ -63,7 +62,7 @@ def python(seed: int) -> Batches:
 
 def switched(size: Size) -> Compared:
     """Returns Python, then C, then Python again; all after the first switch counts."""
-    headers = load_headers(HEADERS, at_least=BATCH * CONTEXT)
+    headers = load_text(HEADERS, BATCH * CONTEXT, "**/*.h")
     (other,) = in_steps(size, ((3, 6),))
     task = byte_task(
         size,

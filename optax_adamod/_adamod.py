@@ -379,7 +379,8 @@ def scale_by_adamod(
     Raises:
       ValueError: If a number whose value is known is out of its range (a traced number
         passes); if ``convention`` is unknown, or ``nesterov`` is combined with
-        ``convention='torch'``. From ``update``, if structures or shapes of the updates
+        ``convention='torch'``. From ``init``, if explicit mesh axes split groups of
+        'float8'. From ``update``, if structures or shapes of the updates
         and the state differ, or the state is a stack of states.
       TypeError: If an argument is not a number; if a decay rate or an epsilon is
         an array of less than 32 bits, or an accumulator cannot have its dtype.

@@ -85,7 +85,8 @@ def adamod(
     An average in 8 bits, ``'float8'``, is an :class:`optax_adamod.Float8Array`: codes
     of which 128 neighbours of the last dimension share an exponent. Parameters whose
     last dimension is no multiple of 128 keep the average in float32. Keep shards of the
-    last dimension multiples of 128 too, or the update communicates. Final losses
+    last dimension multiples of 128 too, or the update communicates (under explicit mesh
+    axes ``init`` refuses such shards). Final losses
     of a Post-LN Transformer, mean and range of 3 seeds (``python -m
     experiments.low_precision --task text``):
 

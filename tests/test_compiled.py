@@ -100,8 +100,8 @@ def test_8_bits_take_three_kernels_and_copies_of_exponents(target):
     limit = 4 if name.startswith("v5p") else 0.05
     assert row["temporaries, bytes"] <= limit * parameters
     row = facts["mixed"][FLOAT8]
-    # Vectors have more on H100, where XLA does not fuse small reductions.
-    assert row["kernels"] <= (5 if name == "H100" else 10) * row["leaves"]
+    # A reduction of few groups is not fused on H100; a TPU copies some exponents twice.
+    assert row["kernels"] <= (4 if name == "H100" else 10) * row["leaves"]
 
 
 def test_equal_leaves_have_one_kernel_to_compile(target):

@@ -13,17 +13,6 @@ Spans = Sequence[tuple[int, int]]  # steps from and up to, counted from 0
 HEADERS = Path(np.get_include())  # in C; they come with NumPy, and so with JAX
 
 
-def load_headers(folder: Path, at_least: int) -> np.ndarray:
-    """Returns the bytes of the folder's C headers, end to end: uint8[N]."""
-    text = b"".join(path.read_bytes() for path in sorted(folder.rglob("*.h")))
-    if len(text) <= at_least:
-        raise ValueError(
-            f"the .h files in {folder} hold {len(text)} bytes; one batch needs more "
-            f"than {at_least}."
-        )
-    return np.frombuffer(text, np.uint8)
-
-
 def within(spans: Spans, step: int) -> bool:
     return any(start <= step < end for start, end in spans)
 

@@ -1,7 +1,6 @@
 """A Pre-LN Transformer language model: that of the examples, normalised elsewhere."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from examples.common.transformer import BYTES, Block, Transformer
@@ -34,11 +33,4 @@ class PreTransformer(Transformer):
         self.blocks = nnx.List(
             [PreBlock(variance, width, heads, rngs=rngs) for _ in range(depth)]
         )
-        self.norm = nnx.LayerNorm(width, rngs=rngs)
-
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        x = self.tokens(tokens) + self.positions(jnp.arange(tokens.shape[-1]))[None]
-        mask = nnx.make_causal_mask(tokens)
-        for block in self.blocks:
-            x = block(x, mask)
-        return self.logits(self.norm(x))
+        self.logits = nnx.Sequential(nnx.LayerNorm(width, rngs=rngs), self.logits)
