@@ -96,7 +96,7 @@ def test_8_bits_take_three_kernels_and_copies_of_exponents(target):
     row = facts["matrix"][FLOAT8]
     assert 0 < row["kernels"] <= (3 if name == "H100" else 8)
     parameters = 1e6 * row["in + out, MB"] / (row["in"] + row["out"])  # of one chip
-    # For v5p XLA splits the main kernel, and copies codes: 3.7 bytes a parameter.
+    # Measured for v5p are 3.7 bytes a parameter, whose cause is not known.
     limit = 4 if name.startswith("v5p") else 0.05
     assert row["temporaries, bytes"] <= limit * parameters
     row = facts["mixed"][FLOAT8]
