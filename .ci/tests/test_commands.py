@@ -48,6 +48,7 @@ def test_commands_of_a_page(script):
         "pip install -e '.[test,experiments]' --group dev",
         ".ci/run docs",
         "pytest .ci -k nothing_is_wrong",
+        "pytest -m clients clients/test_optimistix.py",
     ],
 )
 def test_nothing_is_wrong(script, command):
@@ -64,6 +65,7 @@ def test_nothing_is_wrong(script, command):
         ("pip install -e . --group test", "pip cannot install ['test']"),
         (".ci/run dogs", "no such part"),
         ("pytest tests/test_nothing.py", "file or directory not found"),
+        ("pytest -m clients clients/test_nothing.py", "there is no ['clients/test_n"),
         ("make", "an unknown program"),
     ],
 )
