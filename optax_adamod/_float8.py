@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
 GROUP = 128
 MANTISSA = 3
@@ -287,11 +288,21 @@ def _split(x: jax.Array) -> jax.Array:
     """Returns ``x`` with 8 rows as a dimension of their own, if shards have whole 8s.
 
     A TPU keeps arrays in tiles of 8 rows and 128 columns. In this shape a group is a
-    row of one tile, so that it takes no copy to see groups.
+    row of one tile, so that it takes no copy to see groups. Where XLA splits rows as it
+    likes, 8 must divide those of every device, lest it move rows between devices.
     """
-    if x.ndim < 2 or shard_shape(x)[-2] % 8:
+    if x.ndim < 2 or shard_shape(x)[-2] % (8 * _auto_devices(x)):
         return x
     return x.reshape(*x.shape[:-2], x.shape[-2] // 8, 8, x.shape[-1])
+
+
+def _auto_devices(x: jax.Array) -> int:
+    """Returns over how many devices XLA may split ``x``, unknown to its type."""
+    mesh = jax.typeof(x).sharding.mesh
+    if mesh.empty:
+        return jax.device_count()
+    sizes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return math.prod(size for size, kind in sizes if kind == AxisType.Auto)
 
 
 def _grouped(x: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """Is the state placed as its parameters, always, and are the updates the same?"""
 
+import contextlib
 import functools
 import re
 
@@ -16,6 +17,7 @@ from close import assert_few_units_apart
 from optax_adamod import adamod, adamodw, scale_by_adamod
 
 BFLOAT16 = {f"{name}_dtype": "bfloat16" for name in ("mu", "nu", "bound")}
+FLOAT8 = {f"{name}_dtype": "float8" for name in ("mu", "nu", "bound")}
 SPECS = {"w": P("data", "fsdp"), "v": P(None, "fsdp"), "b": P("fsdp"), "scale": P()}
 SHAPES = {"w": (8, 16), "v": (3, 8), "b": (12,), "scale": ()}
 DTYPES = {"w": "float16", "v": "bfloat16", "b": "float32", "scale": "float32"}
@@ -204,6 +206,23 @@ def test_no_collective_in_the_compiled_update(axis_type, dtypes):
         # What is looked for is there to be found where parts are added up.
         norm = jax.jit(optax.tree.norm).lower(params).compile().as_text()
     assert COLLECTIVE.search(norm)
+    assert not COLLECTIVE.findall(text)
+
+
+@AXES
+@pytest.mark.parametrize("in_context", [True, False])
+def test_no_collective_in_8_bits_whatever_the_rows(axis_type, in_context):
+    """Of 96 rows each device has 12, which are no whole tiles of 8."""
+    mesh = make_mesh(axis_type)
+    tx = adamod(0.1, **FLOAT8)
+    rows = NamedSharding(mesh, P(("data", "fsdp")))
+    with jax.set_mesh(mesh) if in_context else contextlib.nullcontext():
+        params = jax.device_put(jnp.ones((96, 128)), rows)
+        state = jax.tree.map(
+            lambda x: jax.device_put(x, rows if x.ndim else NamedSharding(mesh, P())),
+            tx.init(params),
+        )
+        text = jax.jit(tx.update).lower(params, state).compile().as_text()
     assert not COLLECTIVE.findall(text)
 
 
