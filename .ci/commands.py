@@ -8,6 +8,7 @@ of the programs below. Of each, the module, the options, the extras or the tests
 exist.
 """
 
+import concurrent.futures
 import fnmatch
 import functools
 import itertools
@@ -189,10 +190,12 @@ def run_short(short: list[str]) -> list[str]:
 def main() -> None:
     """Checks every command and, unless told otherwise, runs the short ones."""
     found = all_commands()
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+        wrongs = threads.map(problem, found)
     problems = [
         f"{page}: {command}: {wrong}"
-        for command, page in found.items()
-        if (wrong := problem(command))
+        for (command, page), wrong in zip(found.items(), wrongs, strict=True)
+        if wrong
     ]
     problems += [
         f"LONG has {pattern!r}, and no page has such a command"
