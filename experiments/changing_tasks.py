@@ -30,7 +30,7 @@ from experiments.data.changes import (
 from experiments.data.text import batches
 from experiments.training import Batch, Batches, Task
 
-DEPTH = 6
+DEPTH = 4
 LOWEST = 0.01  # of the learning rate, to which it decays before it jumps
 EASY = ((3, 4), (6, 11))  # units: stretches of 100 and of 500 steps
 EASY_UNITS = 14
@@ -45,7 +45,7 @@ def in_steps(size: Size, units: Spans) -> Spans:
 def byte_task(
     size: Size, units: int, batches: Callable[[int], Batches], loss: Any
 ) -> Task:
-    """Returns the Post-LN Transformer of 6 blocks on other batches."""
+    """Returns the Post-LN Transformer of 4 blocks on other batches."""
     return Task(
         create_model=byte_model(size, DEPTH),
         loss=loss,

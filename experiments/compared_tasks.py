@@ -26,11 +26,13 @@ from experiments.training import Task
 
 HEADS = 4
 CONTEXT = 16
-BATCH = 16
+BATCH = 8
 B2 = 0.98  # the usual one of Transformers
 B2_OTHERS = 0.999  # the usual one elsewhere
 UNITS = 8  # of the budget; a unit is 100 steps, 1 / (1 - b3) of b3 0.99
-IMAGE_BATCH = 64
+IMAGE_BATCH = 16
+VOCABULARY = 2048
+WORD_BATCH = 4
 WIDER = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 
@@ -46,7 +48,7 @@ class Size:
     @property
     def row(self) -> int:
         """Steps from one row of a history to the next."""
-        return max(1, self.unit // 10)
+        return max(1, self.unit // 4)
 
     def last(self, units: int) -> Spans:
         """Returns the last unit, which counts unless a task says otherwise."""
@@ -81,9 +83,11 @@ def rarely_evaluated(task: Task, size: Size) -> Task:
 
 
 def words(size: Size) -> Compared:
-    """Returns a Transformer of 2 blocks on 4,096 words, most of which are rare."""
+    """Returns a Transformer of 2 blocks on 2,048 words, most of which are rare."""
     steps = UNITS * size.unit
-    task = low_precision_tasks.words(FOLDER, steps, size.width).task
+    task = low_precision_tasks.words(
+        FOLDER, steps, size.width, WORD_BATCH, VOCABULARY
+    ).task
     return Compared(
         rarely_evaluated(task, size), Schedule(B2), size.last(UNITS), "validation loss"
     )
@@ -141,7 +145,11 @@ def translated(size: Size) -> Compared:
     """Returns a small translator of Babel's phrases, judged by its validation loss."""
     laptop = translation.SIZES["laptop"]
     laptop = dataclasses.replace(
-        laptop, depth=2, width=size.width, hidden=2 * size.width
+        laptop,
+        depth=2,
+        width=size.width,
+        hidden=2 * size.width,
+        tokens=laptop.tokens // 4,
     )
     corpus = translation.tokenize(laptop_pairs(), laptop.vocabulary, laptop.lengths[-1])
     held_out = held_out_batches(corpus.validation, laptop.lengths, laptop.tokens)

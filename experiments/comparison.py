@@ -9,12 +9,13 @@ from typing import NamedTuple
 from experiments.contestants import CONTESTANTS, Schedule
 from experiments.data.changes import Spans
 from experiments.report import grouped
+from experiments.together import Trains, go_on_together
 from experiments.training import History, Row, Task
 
 GRID = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 NEAR = 0.05  # of the best: a learning rate so near to it is a good one
 SETTLED = 0.2  # of the budget, after which a spike is a spike
-MEDIAN = 20  # rows, over whose losses a spike rises
+MEDIAN = 8  # rows, over whose losses a spike rises
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Compared:
       rates: The learning rates of every contestant.
       left_out: Spans of steps whose losses are another task's, which count for nothing.
       seeds: Of the final stage.
+      train: Trains runs of one seed.
     """
 
     task: Task
@@ -40,6 +42,7 @@ class Compared:
     rates: tuple[float, ...] = GRID
     left_out: Spans = ()
     seeds: int = 3
+    train: Trains = go_on_together
 
     def contestants(self) -> list[str]:
         """Returns who takes part: who warms up at every jump, if there are jumps."""

@@ -20,7 +20,7 @@ from experiments.comparison import (
     results,
 )
 from experiments.contestants import CONTESTANTS
-from experiments.report import grouped, header, write_csv
+from experiments.report import grouped, header
 from experiments.training import History
 
 Results = Mapping[str, Result | None]
@@ -30,8 +30,7 @@ STYLES = ("-", "--", "-.", ":")
 
 
 def report_task(name: str, compared: Compared, history: History, folder: Path) -> None:
-    """Writes every row and the table of a task, and prints the table."""
-    write_csv(history, folder / f"{name}.csv")
+    """Writes and prints the table of a task."""
     text = f"# {name}\n\n{header(NAME, history)}\n\n{task_table(compared, history)}\n"
     (folder / f"{name}.md").write_text(text)
     print(f"\n{text}")

@@ -57,27 +57,33 @@ def text(folder: Path, steps: int, width: int) -> Trained:
     return Trained(task, "loss", rows=5)
 
 
-def words(folder: Path, steps: int, width: int) -> Trained:
-    """Returns its 4,095 most common words, and one for all others.
+def words(
+    folder: Path,
+    steps: int,
+    width: int,
+    batch: int = BATCH,
+    vocabulary: int = VOCABULARY,
+) -> Trained:
+    """Returns the most common words, and one for all others, to a Transformer.
 
     Most embeddings sleep in most steps.
     """
     found = load_words(folder, at_least=CONTEXT + 1)
     found = Words(
-        found.vocabulary[:VOCABULARY],
-        np.minimum(found.train, VOCABULARY - 1),
-        np.minimum(found.validation, VOCABULARY - 1),
+        found.vocabulary[:vocabulary],
+        np.minimum(found.train, vocabulary - 1),
+        np.minimum(found.validation, vocabulary - 1),
     )
     task = Task(
         create_model=lambda rngs: Transformer(
-            2, width, HEADS, CONTEXT, vocabulary=VOCABULARY, rngs=rngs
+            2, width, HEADS, CONTEXT, vocabulary=vocabulary, rngs=rngs
         ),
         loss=loss,
-        batches=lambda seed: batches(found.train, CONTEXT, seed, BATCH),
+        batches=lambda seed: batches(found.train, CONTEXT, seed, batch),
         steps=steps,
         row_every=max(1, steps // 2),
         evaluate=lambda model: {
-            "validation loss": validate(model, found, CONTEXT, BATCH)["validation loss"]
+            "validation loss": validate(model, found, CONTEXT, batch)["validation loss"]
         },
     )
     return Trained(task, "validation loss")

@@ -145,18 +145,6 @@ def train(task: Task, run: Run, folder: Path, progress: tqdm) -> list[Row]:
     return rows
 
 
-def done_so_far(task: Task, runs: Sequence[Run], folder: Path) -> History:
-    """Returns the history of those runs that are finished, without training any."""
-    history: History = {}
-    for run in runs:
-        if (path := path_of(run, folder)).exists():
-            with checkpoints(path) as manager:
-                rows = restore_rows(manager)
-            if finished(task, rows):
-                history[run] = rows
-    return history
-
-
 def path_of(run: Run, folder: Path) -> Path:
     return (folder / re.sub(r"[^\w.]+", "_", str(run))).absolute()
 

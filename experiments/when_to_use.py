@@ -1,9 +1,10 @@
 """When does AdaMod's bound pay, beside Adam under warm-ups that need no third average?
 
 Seven rivals, AdaMod and other bounds (:mod:`experiments.contestants`) on steady tasks
-(:mod:`experiments.compared_tasks`) and on tasks that change on the way
-(:mod:`experiments.changing_tasks`). The first stage trains every contestant at every
-learning rate, from one seed; the final one trains each at its best three from three:
+(:mod:`experiments.compared_tasks`), on tasks that change on the way
+(:mod:`experiments.changing_tasks`) and with PPO (:mod:`experiments.ppo`). The first
+stage trains every contestant at every learning rate, from one seed; the final one
+trains each at its best three from all seeds:
 
     python -m experiments.when_to_use --stage first
     python -m experiments.when_to_use --stage final
@@ -18,16 +19,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from tqdm import tqdm
+
 from examples.common.options import check_counts
-from experiments import changing_tasks, compared_tasks
+from experiments import changing_tasks, compared_tasks, ppo
 from experiments.command import command
 from experiments.compared_tasks import Size
 from experiments.comparison import Compared, best_rates
 from experiments.comparison_report import report_all, report_task
 from experiments.contestants import CONTESTANTS, Creates, at_rate, create
-from experiments.training import History, Run, done_so_far, train_all
+from experiments.together import finished_so_far, train_together
+from experiments.training import History, Run, check_settings
 
-TASKS = compared_tasks.TASKS | changing_tasks.TASKS
+TASKS = compared_tasks.TASKS | changing_tasks.TASKS | ppo.TASKS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +72,9 @@ def runs_of(
 
 def train_task(compared: Compared, options: Options, folder: Path) -> History:
     """Trains what the stage asks for, and returns all that is finished."""
-    settings = dataclasses.asdict(options.size)
+    folder.mkdir(parents=True, exist_ok=True)
+    check_settings(folder / "settings.json", dataclasses.asdict(options.size))
+    path = folder / "runs.jsonl"
     seeds = range(compared.seeds)
     history: History = {}
     for name in compared.contestants():
@@ -78,13 +84,19 @@ def train_task(compared: Compared, options: Options, folder: Path) -> History:
         first = runs_of(name, creates, compared.rates, seeds[:1])
         every = runs_of(name, creates, compared.rates, seeds)
         if options.stage != "report":
-            found = train_all(compared.task, first, folder, settings)
+            found = train(compared, first, path)
             if options.stage == "final":
                 best = best_rates(compared, found, name)
-                more = [run for run in every if run.learning_rate in best]
-                train_all(compared.task, more, folder, settings)
-        history |= done_so_far(compared.task, every, folder)
+                train(compared, [x for x in every if x.learning_rate in best], path)
+        history |= finished_so_far(every, path)
     return history
+
+
+def train(compared: Compared, runs: list[Run], path: Path) -> History:
+    """Trains runs of one contestant, unless the file has them."""
+    steps = len(runs) * compared.task.steps
+    with tqdm(total=steps, unit="step", mininterval=5) as progress:
+        return train_together(compared.task, runs, path, progress, compared.train)
 
 
 def main(options: Options) -> dict[str, History]:
@@ -95,7 +107,7 @@ def main(options: Options) -> dict[str, History]:
         if options.rates:
             compared = dataclasses.replace(compared, rates=options.rates)
         output = options.output / name
-        history = train_task(compared, options, output / "runs")
+        history = train_task(compared, options, output)
         if history:
             tasks[name], histories[name] = compared, history
             report_task(name, compared, history, output)

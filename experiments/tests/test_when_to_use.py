@@ -55,7 +55,7 @@ def test_stages(tmp_path, capsys):
     report = when_to_use.main(options)["post_ln_6"]
     assert [str(x) for x in report] == [str(x) for x in final]
     assert "| Adam | " in capsys.readouterr().out
-    for name in ("post_ln_6/post_ln_6.csv", "when_to_use.md", "when_to_use.png"):
+    for name in ("post_ln_6/runs.jsonl", "when_to_use.md", "when_to_use.png"):
         assert (tmp_path / name).stat().st_size > 100
 
 
