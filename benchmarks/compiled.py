@@ -10,6 +10,7 @@ proves nothing about numerics or speed.
 
 import dataclasses
 import functools
+import math
 import os
 import re
 import time
@@ -36,6 +37,7 @@ from benchmarks.optimizers import (
 )
 from optax_adamod import Float8Array
 
+AXES = ("slice", "fsdp")
 COLLECTIVES = (
     "all-gather", "all-reduce", "all-to-all", "collective-broadcast",
     "collective-permute", "reduce-scatter", "send", "recv",
@@ -99,19 +101,21 @@ def without_hardware() -> None:
 
 
 def mesh(target: str) -> Mesh:
-    """Returns all devices of the target on one axis."""
+    """Returns the target's devices, in as many slices as have 256 at most."""
     options: dict[str, Any] = dict(TARGETS[target])
     if options["platform"] == "cuda":
         options["target_config"] = H100.read_text()
-    topology = topologies.get_topology_desc(**options)
-    return Mesh(np.asarray(topology.devices), ("fsdp",))
+    devices = np.asarray(topologies.get_topology_desc(**options).devices)
+    groups = math.ceil(devices.size / 256)
+    return Mesh(devices.reshape(groups, -1), AXES)
 
 
 def fully_sharded(tree: Any, mesh: Mesh) -> Any:
     """Splits each leaf over all devices, along its longest dimension that divides.
 
-    The last dimension is split by 128 alone, so that no group of averages in 8 bits is,
-    and their exponents are split as their codes.
+    Where none does, a matrix is split along the longest for each axis. The last
+    dimension is split by 128 alone, so that no group of averages in 8 bits is, and
+    their exponents are split as their codes.
     """
 
     def sharded(leaf: Any) -> Any:
@@ -119,15 +123,18 @@ def fully_sharded(tree: Any, mesh: Mesh) -> Any:
             codes = sharded(leaf.codes)
             exponents = leaf.exponents.update(sharding=codes.sharding)
             return Float8Array(codes, exponents)
-        last = len(leaf.shape) - 1
-        divisible = [
-            d
-            for d, length in enumerate(leaf.shape)
-            if not length % (mesh.size * (128 if d == last else 1))
-        ]
-        longest = max(divisible, key=lambda d: leaf.shape[d], default=None)
-        axes = () if longest is None else (*[None] * longest, "fsdp")
-        return leaf.update(sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+        units = [*leaf.shape[:-1], *(x / 128 for x in leaf.shape[-1:])]
+        split: list[tuple[str, ...]] = [() for _ in units]
+        for axes in (AXES, AXES[1:], AXES[:1]) if len(units) > 1 else (AXES,):
+            if set(axes) & {axis for taken in split for axis in taken}:
+                continue
+            devices = math.prod(mesh.shape[axis] for axis in axes)
+            fitting = [d for d, length in enumerate(units) if not length % devices]
+            if fitting:
+                longest = max(fitting, key=lambda d: leaf.shape[d])
+                split[longest] += axes
+                units[longest] //= devices
+        return leaf.update(sharding=NamedSharding(mesh, PartitionSpec(*split)))
 
     return jax.tree.map(sharded, tree, is_leaf=lambda x: isinstance(x, Float8Array))
 
