@@ -1,4 +1,7 @@
-"""PPO in plain JAX on gymnax's environments, as tasks of the comparison."""
+"""PPO in plain JAX on gymnax's environments, as tasks of the comparison.
+
+They need the extra ``reinforcement``.
+"""
 
 import functools
 import math
@@ -6,7 +9,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import gymnax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -206,6 +208,12 @@ def train(
 
 def played(size: Size, name: str, metric: str, sign: int) -> Compared:
     """Returns PPO on an environment; all after the first quarter counts."""
+    try:
+        import gymnax
+    except ImportError as error:
+        raise ValueError(
+            f"{name} is gymnax's, which pip install -e '.[reinforcement]' installs."
+        ) from error
     environment, params = gymnax.make(name)
     (inputs,) = environment.observation_space(params).shape
     steps = max(4, UNITS * size.unit // ITERATION) * ITERATION

@@ -9,13 +9,14 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from tqdm import tqdm
 
-from experiments import when_to_use
+from experiments import ppo, when_to_use
 from experiments.changing_tasks import cosine, restarts, rewarmed, weighted_loss
 from experiments.compared_tasks import CONTEXT, Size, byte_model
 from experiments.comparison import Compared, best_rates, judge, result
 from experiments.comparison_report import mean_ratio, task_table
-from experiments.contestants import Schedule
+from experiments.contestants import CONTESTANTS, Schedule, create
 from experiments.data.changes import Switching, Weighted, easy_batches
 from experiments.training import Run, Task
 
@@ -61,7 +62,7 @@ def test_stages(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("task", when_to_use.TASKS)
+@pytest.mark.parametrize("task", [x for x in when_to_use.TASKS if x not in ppo.TASKS])
 def test_every_task(tmp_path, task):
     """Twice the same, so from its seed alone; and its result is a number."""
     options = options_of(tmp_path / "a", tasks=(task,), rates=(1e-3,))
@@ -69,6 +70,22 @@ def test_every_task(tmp_path, task):
     (first,), (second,) = (when_to_use.main(x)[task].values() for x in (options, again))
     assert [x["loss"] for x in first] == [x["loss"] for x in second]
     compared = when_to_use.TASKS[task](SMALL)
+    assert first[-1]["step"] == compared.task.steps
+    assert math.isfinite(judge(compared, first).value)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("task", ppo.TASKS)
+def test_every_game(task):
+    pytest.importorskip("gymnax", reason="it is not for JAX 0.12 and later")
+    compared = when_to_use.TASKS[task](SMALL)
+    creates = create(CONTESTANTS["Adam"], compared.schedule)
+    runs = when_to_use.runs_of("Adam", creates, (1e-3,), (0,))
+    with tqdm(disable=True) as bar:
+        (first,), (second,) = (
+            compared.train(compared.task, runs, bar).values() for _ in range(2)
+        )
+    assert [x["loss"] for x in first] == [x["loss"] for x in second]
     assert first[-1]["step"] == compared.task.steps
     assert math.isfinite(judge(compared, first).value)
 
