@@ -43,7 +43,9 @@ class Options:
     """Compares optimizers on CUTEst's problems."""
 
     contestants: tuple[str, ...] = tuple(
-        name for name, x in CONTESTANTS.items() if not x.at_jumps
+        name
+        for name, x in CONTESTANTS.items()
+        if not (x.at_jumps or x.tuned or x.candidate)
     )
     """Which optimizers."""
     rates: tuple[float, ...] = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
