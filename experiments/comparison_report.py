@@ -25,7 +25,7 @@ from experiments.training import History
 
 Results = Mapping[str, Result | None]
 NAME = "when_to_use"
-WORST = 1.5  # times as bad as the best: as far as the profile is drawn
+WORST = 1.2  # times as bad as the best: as far as the profile is drawn
 STYLES = ("-", "--", "-.", ":")
 
 
