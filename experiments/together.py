@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from tqdm import tqdm
 
 from experiments.training import (
@@ -28,6 +27,7 @@ from experiments.training import (
     TrainState,
     assemble,
     initial_state,
+    loss_and_rest,
 )
 
 Key = tuple[str, float, int]  # optimizer, learning rate, seed
@@ -165,15 +165,7 @@ def batches_of(task: Task, seed: int) -> list[Batch]:
 @functools.cache
 def compiled_gradients(task: Task) -> Callable[..., Any]:
     """Returns the losses, what is no parameter, and the gradients, of many runs."""
-
-    def loss_and_rest(
-        params: dict[Any, Any], rest: dict[Any, Any], batch: Batch
-    ) -> tuple[jax.Array, dict[Any, Any]]:
-        model = assemble(task, params, rest)
-        loss = task.loss(model, batch)
-        return loss, nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
-
-    one = jax.value_and_grad(loss_and_rest, has_aux=True)
+    one = jax.value_and_grad(loss_and_rest(task), has_aux=True)
     return jax.jit(jax.vmap(one, in_axes=(0, 0, None)))
 
 

@@ -224,6 +224,22 @@ def assemble(task: Task, params: dict[Any, Any], rest: dict[Any, Any]) -> nnx.Mo
     return nnx.merge(graphdef, *states)
 
 
+def loss_and_rest(
+    task: Task,
+) -> Callable[[dict[Any, Any], dict[Any, Any], Batch], tuple[jax.Array, Any]]:
+    """Returns the loss as a function of parameters, the rest and a batch.
+
+    It returns the new rest beside it.
+    """
+
+    def both(params: Any, rest: Any, batch: Batch) -> tuple[jax.Array, Any]:
+        model = assemble(task, params, rest)
+        loss = task.loss(model, batch)
+        return loss, nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
+
+    return both
+
+
 @functools.cache
 def compiled_step(
     task: Task, update: optax.TransformUpdateFn
@@ -233,15 +249,8 @@ def compiled_step(
     It takes the state's memory over.
     """
 
-    def loss_and_rest(
-        params: dict[Any, Any], rest: dict[Any, Any], batch: Batch
-    ) -> tuple[jax.Array, dict[Any, Any]]:
-        model = assemble(task, params, rest)
-        loss = task.loss(model, batch)
-        return loss, nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
-
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
-        (loss, rest), gradients = jax.value_and_grad(loss_and_rest, has_aux=True)(
+        (loss, rest), gradients = jax.value_and_grad(loss_and_rest(task), has_aux=True)(
             state.params, state.rest, batch
         )
         updates, opt_state = update(gradients, state.opt_state, state.params)
