@@ -81,16 +81,25 @@ class Averages(NamedTuple):
         bits: tuple[Any, ...] = None, None, None
         if any(map(_is_rounded, self)):
             bits = random_bits(self.mu.shape, *place)
-        for x, old, *how in zip(numbers, self, exponents, bits, strict=True):
-            yield (None, None) if x is None else _store(x, old, *how)
+        stored: list[tuple[Any, Any]] = [
+            (None, None) if x is None else _store(x, old, *how)
+            for x, old, *how in zip(numbers, self, exponents, bits, strict=True)
+        ]
+        narrow = [isinstance(new, Float8Array) for new, _ in stored]
+        written = iter(_written(list(itertools.compress(stored, narrow))))
+        for x, pair, is_narrow in zip(numbers, stored, narrow, strict=True):
+            if is_narrow:
+                new, rounded = next(written)
+                yield new, _as_identity(x, rounded.astype(x.dtype))
+            else:
+                yield pair
 
 
 def _store(
     x: jax.Array, old: Stored, exponents: Any, bits: Any
 ) -> tuple[Stored, jax.Array]:
     if isinstance(old, Float8Array):
-        new, rounded = _float8.encode(x, exponents, old.codes.dtype, bits)
-        return new, _as_identity(x, rounded.astype(x.dtype))
+        return _float8.encode(x, exponents, old.codes.dtype, bits)
     if old.dtype == jnp.bfloat16:
         new = stochastic_round(x, bits >> (RANDOM_BITS - 16))
     elif old.dtype == jnp.float16:  # whose largest number is 65504
@@ -100,6 +109,25 @@ def _store(
     else:
         new = x.astype(old.dtype)
     return new, new.astype(x.dtype)
+
+
+def _written(
+    stored: list[tuple[Float8Array, jax.Array]],
+) -> list[tuple[Float8Array, jax.Array]]:
+    """Returns the same; on TPUs the numbers are read from the codes once these exist.
+
+    XLA updates parameters in a kernel of their own there. If that reads the old codes,
+    the new ones do not take their memory: they are written elsewhere and copied.
+    """
+
+    def read_again(stored: Any) -> Any:
+        arrays = jax.lax.optimization_barrier([new for new, _ in stored])
+        decoded = _float8.decode(arrays, _float8.pack(arrays))
+        return list(zip(arrays, decoded, strict=True))
+
+    if not stored:
+        return []
+    return jax.lax.platform_dependent(stored, tpu=read_again, default=lambda x: x)
 
 
 def _is_rounded(stored: Stored | None) -> bool:

@@ -157,6 +157,31 @@ def test_vmap_shard_map_and_restart():
     chex.assert_trees_all_equal(run(g, saved), run(g, state))
 
 
+def test_numbers_read_from_codes_are_those_that_were_rounded(monkeypatch):
+    """As on a TPU, where the update waits for the codes: the same bit for bit."""
+    params = noise((3, 256))
+    gradients = (
+        jnp.asarray(noise((3, 256), 1))
+        .at[0, :4]
+        .set(jnp.array([0.0, jnp.inf, jnp.nan, 1e-30]))
+    )
+    tx = adamod(0.1, b3=0.9, **FLOAT8)
+
+    def steps():
+        state, found = tx.init(params), []
+        for scale in (1.0, 0.1, 10.0):
+            updates, state = jax.jit(tx.update)(scale * gradients, state, params)
+            found.append((updates, state))
+        return found
+
+    as_elsewhere = steps()
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda x, *, tpu, default: tpu(x)
+    )
+    jax.clear_caches()
+    chex.assert_trees_all_equal(steps(), as_elsewhere)
+
+
 def test_adam_state_and_diagnostics():
     params = {"w": noise((4, 128)), "b": jnp.ones(3)}
     adam = optax.adam(0.1)
