@@ -100,50 +100,59 @@ def objective_of(problem: Any) -> tuple[Callable[[jax.Array], jax.Array], jax.Ar
 def lowest(
     objective: Callable[[jax.Array], jax.Array],
     start: jax.Array,
-    creates: Creates,
+    creates: Sequence[Creates],
     rates: Sequence[float],
     steps: int,
 ) -> np.ndarray:
-    """Returns the lowest value so far before every step: [rates, steps].
+    """Returns the lowest value so far before every step: [optimizers, rates, steps].
 
-    A value that is no number counts for nothing.
+    A value that is no number counts for nothing. All optimizers share one program, of
+    which the objective is by far the most to compile.
     """
-    update = at_rate(creates, 0.0).update
+    updates_of = [jax.vmap(at_rate(x, 0.0).update) for x in creates]
 
     def step(carry: Any, _: Any) -> Any:
-        x, state, least = carry
-        value, gradient = jax.value_and_grad(objective)(x)
-        least = jnp.fmin(least, value)
-        updates, state = update(gradient, state, x)
-        return (optax.apply_updates(x, updates), state, least), least
+        x, states, least = carry
+        values, gradients = jax.vmap(jax.vmap(jax.value_and_grad(objective)))(x)
+        least = jnp.fmin(least, values)
+        both = [
+            update(*each)
+            for update, *each in zip(updates_of, gradients, states, x, strict=True)
+        ]
+        moves: list[Any] = [updates for updates, _ in both]
+        x = optax.apply_updates(x, jnp.stack(moves))
+        return (x, [state for _, state in both], least), least
 
-    def run(state: Any) -> jax.Array:
-        carry = (start, state, jnp.full([], jnp.inf, start.dtype))
+    def run(states: Any) -> jax.Array:
+        shape = len(creates), len(rates)
+        x = jnp.broadcast_to(start, (*shape, *start.shape))
+        carry = (x, states, jnp.full(shape, jnp.inf, start.dtype))
         return jax.lax.scan(step, carry, length=steps)[1]
 
-    states = [at_rate(creates, rate).init(start) for rate in rates]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
-    return np.asarray(jax.jit(jax.vmap(run))(stacked))
+    states = [[at_rate(x, rate).init(start) for rate in rates] for x in creates]
+    stacked = [jax.tree.map(lambda *x: jnp.stack(x), *of_one) for of_one in states]
+    return np.moveaxis(np.asarray(jax.jit(run)(stacked)), 0, -1)
 
 
 def solve(problem: Any, options: Options, path: Path) -> None:
     """Adds to the file of a problem what contestants are missing in it."""
     found = json.loads(path.read_text()) if path.exists() else {}
+    missing = [name for name in options.contestants if name not in found]
+    if not missing:
+        return
     objective, start = objective_of(problem)
+    creates = [create(CONTESTANTS[name], Schedule(B2)) for name in missing]
     every = options.steps // KEPT
-    for name in options.contestants:
-        if name in found:
-            continue
-        creates = create(CONTESTANTS[name], Schedule(B2))
-        values = lowest(objective, start, creates, options.rates, options.steps)
-        kept = np.concatenate([values[:, :1], values[:, every - 1 :: every]], axis=1)
+    values = lowest(objective, start, creates, options.rates, options.steps)
+    kept = np.concatenate([values[..., :1], values[..., every - 1 :: every]], axis=-1)
+    for name, of_one in zip(missing, kept.tolist(), strict=True):
         found[name] = {
             f"{rate:g}": [x if math.isfinite(x) else None for x in row]
-            for rate, row in zip(options.rates, kept.tolist(), strict=True)
+            for rate, row in zip(options.rates, of_one, strict=True)
         }
-        whole = path.with_suffix(".tmp")
-        whole.write_text(json.dumps(found))
-        whole.replace(path)
+    whole = path.with_suffix(".tmp")
+    whole.write_text(json.dumps(found))
+    whole.replace(path)
 
 
 def solved(found: Sequence[Lowest], tolerance: float) -> dict[str, np.ndarray]:
