@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from experiments.comparison import (
 )
 from experiments.contestants import CONTESTANTS
 from experiments.report import grouped, header
-from experiments.training import History
+from experiments.training import History, Run
 
 Results = Mapping[str, Result | None]
 NAME = "when_to_use"
+TELLING = "post_ln_12"  # the task whose results are drawn by learning rate
 WORST = 1.2  # times as bad as the best: as far as the profile is drawn
 STYLES = ("-", "--", "-.", ":")
 
@@ -88,42 +89,124 @@ def ratios(
 ) -> dict[str, dict[str, float]]:
     """Returns by contestant and task how many times as bad it is as the best."""
     found: dict[str, dict[str, float]] = {}
-    for task, compared in tasks.items():
-        each = results(compared, histories[task])
+    for task, history in histories.items():
+        compared = tasks[task]
+        each = results(compared, history)
         best = best_of(compared, each)
         for name, x in each.items():
             found.setdefault(name, {})[task] = ratio_of(compared, best, x)
     return found
 
 
+def chosen(
+    histories: Mapping[str, History], keep: Callable[[Run], bool]
+) -> dict[str, History]:
+    """Returns those runs of every task that are kept."""
+    found = {
+        task: {run: rows for run, rows in history.items() if keep(run)}
+        for task, history in histories.items()
+    }
+    return {task: history for task, history in found.items() if history}
+
+
+def is_candidate(run: Run) -> bool:
+    return CONTESTANTS[run.optimizer].candidate
+
+
 def report_all(
     tasks: Mapping[str, Compared], histories: Mapping[str, History], folder: Path
 ) -> None:
-    """Writes the table of all tasks, and the figure."""
-    found = ratios(tasks, histories)
-    # Only who took part everywhere has a profile.
-    everywhere = {name: x for name, x in found.items() if len(x) == len(tasks)}
-    rows = [
-        {"optimizer": name}
-        | {task: f"{x[task]:.3f}" if task in x else "" for task in tasks}
-        | {"geometric mean": f"{mean_ratio(x):.3f}" if name in everywhere else ""}
-        for name, x in found.items()
+    """Writes the tables of all tasks, and the figure."""
+    runs = {run: x for history in histories.values() for run, x in history.items()}
+    parts = [f"# {NAME}", header(NAME, runs)]
+    main = chosen(histories, lambda run: not is_candidate(run))
+    if main:
+        summary, found = summary_table(tasks, main), ratios(tasks, main)
+        parts += [
+            "Over all tasks that a contestant took part in. *Times as bad*: as the "
+            "best contestant of the task, each at its own best learning rate, the "
+            "geometric mean. *Good rates*: the largest learning rate within 5 % of "
+            "its best over the smallest, the geometric mean. *Spike*: times as high "
+            "as the lowest of the task, the geometric mean.",
+            table(summary),
+            "Times as bad as the best contestant of the task:",
+            table(ratios_table(found, [*main])),
+        ]
+        draw(tasks, main, found, folder / f"{NAME}.png")
+    tried = [
+        task for task, history in histories.items() if any(map(is_candidate, history))
     ]
-    rows.sort(key=lambda row: row["geometric mean"] or "~")
-    runs = {
-        run: rows for history in histories.values() for run, rows in history.items()
+    if tried:
+        first = chosen(histories, lambda run: run.seed == 0)
+        parts += [
+            "With the other bounds, from the first seed alone:",
+            table(ratios_table(ratios(tasks, {x: first[x] for x in tried}), tried)),
+        ]
+    (folder / f"{NAME}.md").write_text("\n\n".join(parts) + "\n")
+
+
+def summary_table(
+    tasks: Mapping[str, Compared], histories: Mapping[str, History]
+) -> list[dict[str, str]]:
+    """Returns for each contestant what it came to over all tasks, best first."""
+    found = ratios(tasks, histories)
+    each: dict[str, list[Result]] = {name: [] for name in found}
+    spikes: dict[str, list[float]] = {name: [] for name in found}
+    for task, history in histories.items():
+        came = {
+            name: x
+            for name, x in results(tasks[task], history).items()
+            if x is not None
+        }
+        lowest = min((x.spike for x in came.values()), default=0)
+        for name, x in came.items():
+            each[name].append(x)
+            if lowest > 0:
+                spikes[name].append(x.spike / lowest)
+    return [
+        {
+            "optimizer": name,
+            "tasks": f"{len(by_task)}",
+            "times as bad": f"{mean_ratio(by_task):.3f}",
+            "worst": f"{max(by_task.values()):.3f}",
+            "within 1 % of the best": f"{sum(x <= 1.01 for x in by_task.values())}",
+            "good rates": f"{geometric_mean([x.width for x in each[name]]):.1f}",
+            "spike": f"{geometric_mean(spikes[name]):.2f}",
+            "diverged": f"{sum(x.failed for x in each[name])} of "
+            f"{sum(x.runs for x in each[name])}",
+        }
+        for name, by_task in sorted(
+            found.items(), key=lambda item: (-len(item[1]), mean_ratio(item[1]))
+        )
+    ]
+
+
+def ratios_table(
+    found: Mapping[str, Mapping[str, float]], tasks: Sequence[str]
+) -> list[dict[str, str]]:
+    """Returns a row for each task, a column for each contestant."""
+    rows = [
+        {"task": task}
+        | {name: f"{x[task]:.3f}" if task in x else "" for name, x in found.items()}
+        for task in tasks
+    ]
+    everywhere = [name for name, x in found.items() if len(x) == len(tasks)]
+    mean = {
+        name: f"{mean_ratio(found[name]):.3f}" if name in everywhere else ""
+        for name in found
     }
-    text = (
-        f"# {NAME}\n\n{header(NAME, runs)}\n\nHow many times as bad as the best of all "
-        f"contestants, at its own best learning rate:\n\n{table(rows)}\n"
-    )
-    (folder / f"{NAME}.md").write_text(text)
-    draw(tasks, histories, everywhere, folder / f"{NAME}.png")
+    return [*rows, {"task": "geometric mean"} | mean]
 
 
 def mean_ratio(by_task: Mapping[str, float]) -> float:
-    values = [*by_task.values()]
-    return statistics.geometric_mean(values) if math.inf not in values else math.inf
+    return geometric_mean([*by_task.values()])
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Returns the mean, infinite if one is; of nothing, NaN."""
+    if math.inf in values:
+        return math.inf
+    return statistics.geometric_mean(values) if values else math.nan
 
 
 def draw(
@@ -132,12 +215,15 @@ def draw(
     found: Mapping[str, Mapping[str, float]],
     path: Path,
 ) -> None:
-    """Draws the profile over all tasks, and the first task's results by rate."""
+    """Draws the profile over all tasks, and one task's results by rate."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
-    draw_profile(left, found)
-    first = next(iter(tasks))
-    draw_rates(right, tasks[first], histories[first])
-    right.set_title(first)
+    # Only who took part everywhere has a profile.
+    draw_profile(
+        left, {name: x for name, x in found.items() if len(x) == len(histories)}
+    )
+    shown = TELLING if TELLING in histories else next(iter(histories))
+    draw_rates(right, tasks[shown], histories[shown])
+    right.set_title(shown)
     handles, labels = right.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize="x-small")
     figure.savefig(path, dpi=100)

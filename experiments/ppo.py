@@ -30,7 +30,7 @@ DISCOUNT, DECAY = 0.99, 0.95  # of rewards, and of the estimate of advantages
 CLIP, ENTROPY, VALUE = 0.2, 0.01, 0.5
 HIDDEN = 32
 SEEDS = 10
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 
 class Network(nnx.Module):

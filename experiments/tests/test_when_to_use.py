@@ -14,7 +14,7 @@ from experiments import ppo, when_to_use
 from experiments.changing_tasks import cosine, restarts, rewarmed, weighted_loss
 from experiments.compared_tasks import CONTEXT, Size, byte_model
 from experiments.comparison import Compared, best_rates, judge, result
-from experiments.comparison_report import mean_ratio, task_table
+from experiments.comparison_report import mean_ratio, report_all, task_table
 from experiments.contestants import CONTESTANTS, Schedule, create
 from experiments.data.changes import Switching, Weighted, easy_batches
 from experiments.training import Run, Task
@@ -102,7 +102,7 @@ def compared_of(**changes):
 
 def rows_of(losses):
     return [
-        {"step": step, "loss": loss, "highest loss": loss + 0.25}
+        {"step": step, "loss": loss, "highest loss": loss + 0.25, "seconds": step}
         for step, loss in enumerate(losses, start=1)
     ]
 
@@ -180,6 +180,23 @@ def test_tuned_warm_ups_are_one_row():
         ["| Adam", "0.001, the last tried", "1.000"],
         ["| Adam, tuned linear warm-up", "0.002", "1.500"],
     ]
+
+
+def test_tables_of_all_tasks(tmp_path):
+    tasks = {"one": compared_of(), "two": compared_of()}
+    adam = history_of([2.0, 1.0, 1.04, 9.0])
+    amsgrad = history_of([9.0, 2.0, 4.0, 3.0], "AMSGrad")
+    histories = {
+        "one": adam | amsgrad | history_of([0.5, 1.0, 1.0, 1.0], "AdaMod, slack 2"),
+        "two": history_of([4.0, 9.0, 8.0, 9.0]),
+    }
+    report_all(tasks, histories, tmp_path)
+    text = (tmp_path / "when_to_use.md").read_text()
+    # Candidates count for nothing but in the last table.
+    assert "| Adam | 2 | 1.000 | 1.000 | 2 | 1.4 | 1.00 | 0 of 8 |" in text
+    assert "| AMSGrad | 1 | 2.000 | 2.000 | 0 | 1.0 | 1.00 | 0 of 4 |" in text
+    assert "| one | 1.000 | 2.000 |\n| two | 1.000 |  |\n" in text
+    assert "| one | 2.000 | 4.000 | 1.000 |\n| geometric mean" in text
 
 
 def test_who_fails_once_fails_on_the_whole():
