@@ -48,7 +48,7 @@ class Options:
         if not (x.at_jumps or x.tuned or x.candidate)
     )
     """Which optimizers."""
-    rates: tuple[float, ...] = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+    rates: tuple[float, ...] = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
     """Learning rates."""
     steps: int = 1600
     """Steps on each problem, a multiple of 40."""
