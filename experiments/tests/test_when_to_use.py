@@ -186,17 +186,20 @@ def test_tables_of_all_tasks(tmp_path):
     tasks = {"one": compared_of(), "two": compared_of()}
     adam = history_of([2.0, 1.0, 1.04, 9.0])
     amsgrad = history_of([9.0, 2.0, 4.0, 3.0], "AMSGrad")
+    adamod = history_of([9.0, 3.0, 1.005, 3.0], "AdaMod, b3 0.99")
     histories = {
         "one": adam | amsgrad | history_of([0.5, 1.0, 1.0, 1.0], "AdaMod, slack 2"),
-        "two": history_of([4.0, 9.0, 8.0, 9.0]),
+        "two": history_of([4.0, 9.0, 8.0, 9.0]) | adamod,
     }
+    histories["one"] |= adamod
     report_all(tasks, histories, tmp_path)
     text = (tmp_path / "when_to_use.md").read_text()
     # Candidates count for nothing but in the last table.
-    assert "| Adam | 2 | 1.000 | 1.000 | 2 | 1.4 | 1.00 | 0 of 8 |" in text
-    assert "| AMSGrad | 1 | 2.000 | 2.000 | 0 | 1.0 | 1.00 | 0 of 4 |" in text
-    assert "| one | 1.000 | 2.000 |\n| two | 1.000 |  |\n" in text
-    assert "| one | 2.000 | 4.000 | 1.000 |\n| geometric mean" in text
+    assert "| AdaMod, b3 0.99 | 2 | 1.002 | 1.005 | 2 |  | 1.0 | 1.00 | 0 of 8" in text
+    assert "| Adam | 2 | 1.995 | 3.980 | 1 | 1, 0 of 2 | 1.4 | 1.00 | 0 of 8 |" in text
+    assert "| AMSGrad | 1 | 2.000 | 2.000 | 0 | 1, 0 of 1 | 1.0 | 1.00 |" in text
+    assert "| one | 1.000 | 2.000 | 1.005 |\n| two | 3.980 |  | 1.000 |\n" in text
+    assert "| one | 2.000 | 4.000 | 1.000 | 2.010 |\n| geometric mean" in text
 
 
 def test_who_fails_once_fails_on_the_whole():
