@@ -15,6 +15,7 @@ from experiments.training import History, Row, Task
 GRID = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 NEAR = 0.05  # of the best: a learning rate so near to it is a good one
 SETTLED = 0.2  # of the budget, after which a spike is a spike
+TUNED = "Adam, tuned linear warm-up"  # the best of several lengths
 MEDIAN = 8  # rows, over whose losses a spike rises
 
 
@@ -156,7 +157,7 @@ def results(compared: Compared, history: History) -> dict[str, Result | None]:
         best = better(compared, [x.mean for x in fine]) if fine else None
         winner = next((x for x in fine if x.mean == best), None)
         found = {name: x for name, x in found.items() if name not in tuned}
-        found["Adam, tuned linear warm-up"] = winner
+        found[TUNED] = winner
     return found
 
 

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 
 from examples.common.results import table
 from experiments.comparison import (
+    TUNED,
     Compared,
     Result,
     better,
@@ -28,7 +29,7 @@ NAME = "when_to_use"
 ADAMOD = f"AdaMod, b3 {B3:g}"
 NEXT = 1.01  # times as bad: so near counts as equal
 TELLING = "post_ln_12"  # the task whose results are drawn by learning rate
-WORST = 1.2  # times as bad as the best: as far as the profile is drawn
+WORST = 1.1  # times as bad as the best: as far as the profile is drawn
 STYLES = ("-", "--", "-.", ":")
 
 
@@ -232,7 +233,7 @@ def draw(
     path: Path,
 ) -> None:
     """Draws the profile over all tasks, and one task's results by rate."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.5), layout="constrained")
     # Only who took part everywhere has a profile.
     draw_profile(
         left, {name: x for name, x in found.items() if len(x) == len(histories)}
@@ -240,8 +241,15 @@ def draw(
     shown = TELLING if TELLING in histories else next(iter(histories))
     draw_rates(right, tasks[shown], histories[shown])
     right.set_title(shown)
-    handles, labels = right.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize="x-small")
+    labelled = {
+        label: handle
+        for axes in (left, right)
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        [*labelled.values()], [*labelled], loc="outside lower center", ncols=3,
+        fontsize="small",
+    )  # fmt: skip
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
@@ -249,7 +257,11 @@ def draw(
 def style(name: str) -> dict[str, Any]:
     names = [*CONTESTANTS]
     index = names.index(name) if name in names else len(names)
-    return {"color": f"C{index % 10}", "linestyle": STYLES[index // 10 % len(STYLES)]}
+    return {
+        "color": f"C{index % 10}",
+        "linestyle": STYLES[index // 10 % len(STYLES)],
+        "linewidth": 3 if name == ADAMOD else 1.5,
+    }
 
 
 def draw_profile(axes: Axes, found: Mapping[str, Mapping[str, float]]) -> None:
@@ -266,12 +278,16 @@ def draw_profile(axes: Axes, found: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def draw_rates(axes: Axes, compared: Compared, history: History) -> None:
-    """Draws the mean result of each over the learning rate."""
+    """Draws the mean result of each over the learning rate, the best of the tuned."""
+    lines: dict[str, dict[float, float]] = {}
     for name, by_rate in grouped(history).items():
-        rates = sorted(by_rate)
-        means = [
-            statistics.fmean(judge(compared, history[run]).value for run in by_rate[r])
-            for r in rates
-        ]
+        line = lines.setdefault(TUNED if CONTESTANTS[name].tuned else name, {})
+        for rate, runs in by_rate.items():
+            values = [judge(compared, history[run]).value for run in runs]
+            mean = statistics.fmean(values)
+            line[rate] = better(compared, [mean, line.get(rate, mean)])
+    for name, line in lines.items():
+        rates = sorted(line)
+        means = [line[rate] for rate in rates]
         axes.plot(rates, means, marker=".", label=name, **style(name))
     axes.set(xscale="log", xlabel="learning rate", ylabel=compared.metric)

@@ -9,6 +9,7 @@ for a share (Moré and Wild's test):
 A run that was stopped goes on.
 """
 
+import csv
 import dataclasses
 import json
 import math
@@ -29,7 +30,7 @@ from examples.common.results import machine, table, versions
 from experiments.command import command
 from experiments.comparison_report import style
 from experiments.contestants import CONTESTANTS, Creates, Schedule, at_rate, create
-from experiments.report import PACKAGES
+from experiments.report import PACKAGES, command_and_date
 from experiments.training import check_settings
 
 B2 = 0.999
@@ -191,6 +192,27 @@ def shares_table(solved_by: Mapping[str, np.ndarray], rates: Sequence[float]) ->
     return table(rows)
 
 
+def write_csv(
+    solved_by: Mapping[str, np.ndarray],
+    problems: Sequence[str],
+    rates: Sequence[float],
+    steps: int,
+    path: Path,
+) -> None:
+    """Writes after how many gradients each had solved a problem, empty if never."""
+    budgets = np.linspace(0, steps, KEPT + 1)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["problem", "optimizer", *(f"lr {rate:g}" for rate in rates)])
+        for index, problem in enumerate(problems):
+            for name, done in solved_by.items():
+                first = [
+                    f"{budgets[row.argmax()]:.0f}" if row.any() else ""
+                    for row in done[index]
+                ]
+                writer.writerow([problem, name, *first])
+
+
 def draw(solved_by: Mapping[str, np.ndarray], steps: int, path: Path) -> None:
     """Draws the share solved by budget, each at its best learning rate for all."""
     figure, axes = plt.subplots(figsize=(10, 5.5), layout="constrained")
@@ -225,11 +247,15 @@ def main(options: Options) -> dict[str, np.ndarray]:
         f"{key} {value}" for key, value in versions((*PACKAGES, "sif2jax")).items()
     )
     text = (
-        f"# cutest\n\n{len(problems)} problems of up to {options.variables} variables, "
-        f"{options.steps:,} steps, tolerance {options.tolerance:g}; {machine()}; "
-        f"{used}.\n\n{shares_table(solved_by, options.rates)}\n"
+        f"# cutest\n\n{command_and_date('cutest')}; {machine()}; {used}.\n\n"
+        f"{len(problems)} problems of up to {options.variables} variables, "
+        f"{options.steps:,} steps, tolerance {options.tolerance:g}:\n\n"
+        f"{shares_table(solved_by, options.rates)}\n"
     )
     (options.output / "cutest.md").write_text(text)
+    names = [problem.name for problem in problems]
+    path = options.output / "cutest.csv"
+    write_csv(solved_by, names, options.rates, options.steps, path)
     draw(solved_by, options.steps, options.output / "cutest.png")
     print(text)
     return solved_by

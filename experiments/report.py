@@ -52,13 +52,14 @@ def report(
 
 def header(name: str, history: History) -> str:
     """Returns what is needed to run it again: command, date, machine, versions."""
-    command = shlex.join(["python", "-m", f"experiments.{name}", *sys.argv[1:]])
     used = ", ".join(f"{key} {value}" for key, value in versions(PACKAGES).items())
     minutes = sum(rows[-1]["seconds"] for rows in history.values()) / 60
-    return (
-        f"`{command}`, {datetime.datetime.now(datetime.UTC).date().isoformat()}, "
-        f"{minutes:.0f} minutes; {machine()}; {used}."
-    )
+    return f"{command_and_date(name)}, {minutes:.0f} minutes; {machine()}; {used}."
+
+
+def command_and_date(name: str) -> str:
+    command = shlex.join(["python", "-m", f"experiments.{name}", *sys.argv[1:]])
+    return f"`{command}`, {datetime.datetime.now(datetime.UTC).date().isoformat()}"
 
 
 def grouped(history: History) -> dict[str, dict[float, list[Run]]]:

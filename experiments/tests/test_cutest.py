@@ -44,6 +44,15 @@ def test_solved_is_near_the_best_of_all():
     assert not cutest.solved([first], tolerance=1e-3)["Adam"].any()
 
 
+def test_csv_says_when_a_problem_was_solved(tmp_path):
+    done = np.zeros((1, 2, cutest.KEPT + 1), bool)
+    done[0, 1, 3:] = True
+    path = tmp_path / "cutest.csv"
+    cutest.write_csv({"Adam": done}, ["ONE"], (0.1, 1.0), 400, path)
+    lines = path.read_text().splitlines()
+    assert lines == ["problem,optimizer,lr 0.1,lr 1", "ONE,Adam,,30"]
+
+
 @pytest.mark.slow
 def test_a_problem(tmp_path, capsys):
     options = cutest.Options(
