@@ -13,7 +13,7 @@ from examples.common.resnet import ResNet
 from examples.common.stdlib_text import FOLDER, load_text
 from examples.common.transformer import Transformer
 from experiments import image_classification, low_precision_tasks, translation
-from experiments.comparison import Compared
+from experiments.comparison import GRID, Compared
 from experiments.contestants import Schedule
 from experiments.data.changes import Spans
 from experiments.data.images import Images, digits
@@ -33,6 +33,7 @@ UNITS = 8  # of the budget; a unit is 100 steps, 1 / (1 - b3) of b3 0.99
 IMAGE_BATCH = 16
 VOCABULARY = 2048
 WORD_BATCH = 4
+LOWER = (5e-4, *GRID)  # since 1e-3 was the best of some with 12 blocks
 WIDER = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 
@@ -74,7 +75,8 @@ def transformer(size: Size, depth: int, **kind: bool) -> Compared:
         steps=UNITS * size.unit,
         row_every=size.row,
     )
-    return Compared(task, Schedule(B2), size.last(UNITS))
+    rates = LOWER if depth > 6 else GRID
+    return Compared(task, Schedule(B2), size.last(UNITS), rates=rates)
 
 
 def rarely_evaluated(task: Task, size: Size) -> Task:
