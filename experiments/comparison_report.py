@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from experiments.report import grouped, header
 from experiments.training import History, Run
 
 Results = Mapping[str, Result | None]
+Groups = Mapping[str, Container[str]]  # of tasks, by what they have in common
 NAME = "when_to_use"
 ADAMOD = f"AdaMod, b3 {B3:g}"
 NEXT = 1.01  # times as bad: so near counts as equal
@@ -112,25 +113,40 @@ def chosen(
     return {task: history for task, history in found.items() if history}
 
 
+def of_common_seeds(history: History) -> History:
+    """Returns the runs of those seeds that every contestant has."""
+    seeds = [
+        {run.seed for runs in by_rate.values() for run in runs}
+        for by_rate in grouped(history).values()
+    ]
+    common = set.intersection(*seeds)
+    return {run: rows for run, rows in history.items() if run.seed in common}
+
+
 def is_candidate(run: Run) -> bool:
     return CONTESTANTS[run.optimizer].candidate
 
 
 def report_all(
-    tasks: Mapping[str, Compared], histories: Mapping[str, History], folder: Path
+    tasks: Mapping[str, Compared],
+    histories: Mapping[str, History],
+    folder: Path,
+    groups: Groups,
 ) -> None:
     """Writes the tables of all tasks, and the figure."""
     runs = {run: x for history in histories.values() for run, x in history.items()}
     parts = [f"# {NAME}", header(NAME, runs)]
     main = chosen(histories, lambda run: not is_candidate(run))
     if main:
-        summary, found = summary_table(tasks, main), ratios(tasks, main)
+        summary = summary_table(tasks, main, groups)
+        found = ratios(tasks, main)
         parts += [
             "Over all tasks that a contestant took part in. *Times as bad*: as the "
             "best contestant of the task, each at its own best learning rate, the "
-            "geometric mean. *Near*: within 1 %. *AdaMod ahead, behind*: on how many "
-            "tasks AdaMod with b3 0.99 is more than 1 % better, and worse. *Good "
-            "rates*: the largest learning rate within 5 % of "
+            f"geometric mean; beside it of {', '.join(groups)} alone. *Near*: within "
+            "1 %. *AdaMod ahead, behind*: on how many tasks AdaMod with b3 0.99 is "
+            "more than 1 % better, and worse. *Good rates*: the largest learning rate "
+            "within 5 % of "
             "its best over the smallest, the geometric mean. *Spike*: times as high "
             "as the lowest of the task, the geometric mean.",
             table(summary),
@@ -142,16 +158,16 @@ def report_all(
         task for task, history in histories.items() if any(map(is_candidate, history))
     ]
     if tried:
-        first = chosen(histories, lambda run: run.seed == 0)
+        alike = {task: of_common_seeds(histories[task]) for task in tried}
         parts += [
-            "With the other bounds, from the first seed alone:",
-            table(ratios_table(ratios(tasks, {x: first[x] for x in tried}), tried)),
+            "With the other bounds, from the seeds that all have:",
+            table(ratios_table(ratios(tasks, alike), tried)),
         ]
     (folder / f"{NAME}.md").write_text("\n\n".join(parts) + "\n")
 
 
 def summary_table(
-    tasks: Mapping[str, Compared], histories: Mapping[str, History]
+    tasks: Mapping[str, Compared], histories: Mapping[str, History], groups: Groups
 ) -> list[dict[str, str]]:
     """Returns for each contestant what it came to over all tasks, best first."""
     found = ratios(tasks, histories)
@@ -173,6 +189,11 @@ def summary_table(
             "optimizer": name,
             "tasks": f"{len(by_task)}",
             "times as bad": f"{mean_ratio(by_task):.3f}",
+            **{
+                group: f"{mean_ratio(of_group):.3f}" if of_group else ""
+                for group, names in groups.items()
+                for of_group in [{x: r for x, r in by_task.items() if x in names}]
+            },
             "worst": f"{max(by_task.values()):.3f}",
             "near the best": f"{sum(x <= NEXT for x in by_task.values())}",
             "AdaMod ahead, behind": ahead_and_behind(found, name),

@@ -31,6 +31,11 @@ from experiments.contestants import CONTESTANTS, Creates, at_rate, create
 from experiments.together import finished_so_far, train_together
 from experiments.training import History, Run, check_settings
 
+GROUPS = {
+    "steady tasks": compared_tasks.TASKS,
+    "tasks that change": changing_tasks.TASKS,
+    "games": ppo.TASKS,
+}
 TASKS = compared_tasks.TASKS | changing_tasks.TASKS | ppo.TASKS
 
 
@@ -111,7 +116,7 @@ def main(options: Options) -> dict[str, History]:
         if history:
             tasks[name], histories[name] = compared, history
             report_task(name, compared, history, output)
-            report_all(tasks, histories, options.output)
+            report_all(tasks, histories, options.output, GROUPS)
     return histories
 
 

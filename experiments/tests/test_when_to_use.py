@@ -14,7 +14,12 @@ from experiments import ppo, when_to_use
 from experiments.changing_tasks import cosine, restarts, rewarmed, weighted_loss
 from experiments.compared_tasks import CONTEXT, Size, byte_model
 from experiments.comparison import Compared, best_rates, judge, result
-from experiments.comparison_report import mean_ratio, report_all, task_table
+from experiments.comparison_report import (
+    mean_ratio,
+    of_common_seeds,
+    report_all,
+    task_table,
+)
 from experiments.contestants import CONTESTANTS, Schedule, create
 from experiments.data.changes import Switching, Weighted, easy_batches
 from experiments.training import Run, Task
@@ -156,9 +161,9 @@ def test_the_best_rate_has_all_seeds():
     assert result(compared_of(), {1e-3: judged_of(math.nan)}) is None
 
 
-def history_of(values, name="Adam"):
+def history_of(values, name="Adam", seed=0):
     return {
-        Run(name, optax.identity(), rate, 0): rows_of([value] * 100)
+        Run(name, optax.identity(), rate, seed): rows_of([value] * 100)
         for rate, value in zip(RATES, values, strict=True)
     }
 
@@ -192,12 +197,21 @@ def test_tables_of_all_tasks(tmp_path):
         "two": history_of([4.0, 9.0, 8.0, 9.0]) | adamod,
     }
     histories["one"] |= adamod
-    report_all(tasks, histories, tmp_path)
+    # A second seed that the candidate lacks.
+    histories["one"] |= history_of([2.0, 1.0, 1.04, 9.0], seed=1)
+    assert {run.seed for run in of_common_seeds(histories["one"])} == {0}
+    report_all(tasks, histories, tmp_path, {"steady": ["one"], "games": ["two"]})
     text = (tmp_path / "when_to_use.md").read_text()
     # Candidates count for nothing but in the last table.
-    assert "| AdaMod, b3 0.99 | 2 | 1.002 | 1.005 | 2 |  | 1.0 | 1.00 | 0 of 8" in text
-    assert "| Adam | 2 | 1.995 | 3.980 | 1 | 1, 0 of 2 | 1.4 | 1.00 | 0 of 8 |" in text
-    assert "| AMSGrad | 1 | 2.000 | 2.000 | 0 | 1, 0 of 1 | 1.0 | 1.00 |" in text
+    assert "| AdaMod, b3 0.99 | 2 | 1.002 | 1.005 | 1.000 | 1.005 | 2 |  |" in text
+    assert (
+        "| Adam | 2 | 1.995 | 1.000 | 3.980 | 3.980 | 1 | 1, 0 of 2 | 1.4 | 1.00 |"
+        in text
+    )
+    assert (
+        "| AMSGrad | 1 | 2.000 | 2.000 |  | 2.000 | 0 | 1, 0 of 1 | 1.0 | 1.00 |"
+        in text
+    )
     assert "| one | 1.000 | 2.000 | 1.005 |\n| two | 3.980 |  | 1.000 |\n" in text
     assert "| one | 2.000 | 4.000 | 1.000 | 2.010 |\n| geometric mean" in text
 
