@@ -34,6 +34,7 @@ IMAGE_BATCH = 16
 VOCABULARY = 2048
 WORD_BATCH = 4
 LOWER = (5e-4, *GRID)
+LOWEST = (2.5e-4, 5e-4, *GRID[:-2])
 WIDER = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 
@@ -65,7 +66,9 @@ def byte_model(
     return lambda rngs: kind(depth, size.width, HEADS, CONTEXT, variance, rngs=rngs)
 
 
-def transformer(size: Size, depth: int, **kind: bool) -> Compared:
+def transformer(
+    size: Size, depth: int, rates: tuple[float, ...] = GRID, **kind: bool
+) -> Compared:
     """Returns a Transformer on the bytes of Python's standard library."""
     text = load_text(FOLDER, at_least=BATCH * CONTEXT)
     task = Task(
@@ -75,8 +78,6 @@ def transformer(size: Size, depth: int, **kind: bool) -> Compared:
         steps=UNITS * size.unit,
         row_every=size.row,
     )
-    # 1e-3 is the best of some with 12 blocks, and with Flax's initialisation.
-    rates = LOWER if depth > 6 or kind.get("flax") else GRID
     return Compared(task, Schedule(B2), size.last(UNITS), rates=rates)
 
 
@@ -177,11 +178,11 @@ def translated(size: Size) -> Compared:
 
 TASKS: dict[str, Callable[[Size], Compared]] = {
     "post_ln_6": lambda size: transformer(size, 6),
-    "post_ln_12": lambda size: transformer(size, 12),
-    "post_ln_6_flax": lambda size: transformer(size, 6, flax=True),
-    "post_ln_12_flax": lambda size: transformer(size, 12, flax=True),
+    "post_ln_12": lambda size: transformer(size, 12, LOWER),
+    "post_ln_6_flax": lambda size: transformer(size, 6, LOWER, flax=True),
+    "post_ln_12_flax": lambda size: transformer(size, 12, LOWEST, flax=True),
     "pre_ln_6": lambda size: transformer(size, 6, pre=True),
-    "pre_ln_12": lambda size: transformer(size, 12, pre=True),
+    "pre_ln_12": lambda size: transformer(size, 12, LOWER, pre=True),
     "words": words,
     "resnet": resnet,
     "densenet": densenet,
