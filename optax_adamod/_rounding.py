@@ -97,9 +97,16 @@ def round_updates_stochastically() -> optax.GradientTransformationExtraArgs:
 def _rounded(u, p, count, index):
     if u is None or jnp.result_type(p) != jnp.bfloat16:
         return u
-    bits = _storage.random_bits(jnp.shape(p), count, np.uint32(_LEAVES + index))[0]
-    wide = jnp.asarray(p, jnp.float32)
+    return _round_sum(u, p, count, np.uint32(_LEAVES + index))
+
+
+@jax.jit
+def _round_sum(u, p, count, leaf):
+    """Returns the update after which the sum with ``p`` is rounded stochastically."""
+    sharding = jax.typeof(p).sharding
+    bits, _, _ = _storage.random_bits(jnp.shape(p), count, leaf, sharding=sharding)
+    wide = p.astype(jnp.float32)
     rounded = _storage.stochastic_round(
-        wide + jnp.asarray(u, jnp.float32), bits >> (_storage.RANDOM_BITS - 16)
+        wide + u.astype(jnp.float32), bits >> (_storage.RANDOM_BITS - 16)
     )
     return rounded.astype(jnp.float32) - wide

@@ -8,6 +8,7 @@ probabilities in proportion to the distances, it is right on average. The random
 are a hash, so the state holds no key.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from optax_adamod import _float8
 from optax_adamod._float8 import Float8Array
@@ -80,7 +82,8 @@ class Averages(NamedTuple):
         """
         bits: tuple[Any, ...] = None, None, None
         if any(map(_is_rounded, self)):
-            bits = random_bits(self.mu.shape, *place)
+            x = jax.typeof(numbers[0])
+            bits = random_bits(x.shape, *place, sharding=x.sharding)
         stored: list[tuple[Any, Any]] = [
             (None, None) if x is None else _store(x, old, *how)
             for x, old, *how in zip(numbers, self, exponents, bits, strict=True)
@@ -149,7 +152,11 @@ def _as_identity_jvp(primals, tangents):
 
 
 def random_bits(
-    shape: tuple[int, ...], count: jax.typing.ArrayLike, leaf: jax.typing.ArrayLike
+    shape: tuple[int, ...],
+    count: jax.typing.ArrayLike,
+    leaf: jax.typing.ArrayLike,
+    *,
+    sharding: NamedSharding | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Three independent sets of 20 random bits for each coordinate of a leaf.
 
@@ -160,11 +167,13 @@ def random_bits(
       shape: Shape of the leaf.
       count: The step, a scalar.
       leaf: Index of the leaf among those of the tree.
+      sharding: Sharding of the leaf's type. Under explicit mesh axes, what has no
+        sharding is computed whole by every device.
 
     Returns:
       Three uint32 arrays of the given shape, below 2**20.
     """
-    row, column = _row_and_column(shape)
+    row, column = _row_and_column(shape, sharding)
     # Every operation depends on row and column together. If one depended on the row
     # alone or on the column alone, XLA would give it a kernel of its own. The step is
     # mixed by itself and enters before the first mix. Otherwise coordinates of one
@@ -206,25 +215,32 @@ def _stochastic_round_jvp(primals, tangents):
     return stochastic_round(*primals), tangents[0].astype(jnp.bfloat16)
 
 
-def _row_and_column(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+def _row_and_column(
+    shape: tuple[int, ...], sharding: NamedSharding | None
+) -> tuple[jax.Array, jax.Array]:
     """Returns two 32-bit indices that together identify a coordinate of an array."""
     *rows, columns = shape or (1,)
+    index = functools.partial(_linear_index, shape, sharding)
     if max(math.prod(rows), columns) <= 2**32:
-        row = _linear_index(shape, range(len(rows)), jnp.uint32)
-        return row, _linear_index(shape, range(len(rows), len(shape)), jnp.uint32)
+        row = index(range(len(rows)), jnp.uint32)
+        return row, index(range(len(rows), len(shape)), jnp.uint32)
     with jax.enable_x64(True):
-        index = _linear_index(shape, range(len(shape)), jnp.uint64)
-        return (index >> 32).astype(jnp.uint32), index.astype(jnp.uint32)
+        wide = index(range(len(shape)), jnp.uint64)
+        return (wide >> 32).astype(jnp.uint32), wide.astype(jnp.uint32)
 
 
 def _linear_index(
-    shape: tuple[int, ...], dimensions: range, dtype: jax.typing.DTypeLike
+    shape: tuple[int, ...],
+    sharding: NamedSharding | None,
+    dimensions: range,
+    dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
     """Returns the row-major index over some successive dimensions."""
-    index = jnp.zeros(shape, dtype)
+    index = jnp.asarray(0, dtype)
     for d in dimensions:
         stride = math.prod(shape[d + 1 : dimensions.stop])
-        index += jax.lax.broadcasted_iota(dtype, shape, d) * jnp.asarray(stride, dtype)
+        along = jax.lax.broadcasted_iota(dtype, shape, d, out_sharding=sharding)
+        index += along * jnp.asarray(stride, dtype)
     return index
 
 

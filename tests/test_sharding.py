@@ -14,7 +14,12 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from close import assert_few_units_apart
-from optax_adamod import adamod, adamodw, scale_by_adamod
+from optax_adamod import (
+    adamod,
+    adamodw,
+    round_updates_stochastically,
+    scale_by_adamod,
+)
 
 BFLOAT16 = {f"{name}_dtype": "bfloat16" for name in ("mu", "nu", "bound")}
 FLOAT8 = {f"{name}_dtype": "float8" for name in ("mu", "nu", "bound")}
@@ -224,6 +229,34 @@ def test_no_collective_in_8_bits_whatever_the_rows(axis_type, in_context):
         )
         text = jax.jit(tx.update).lower(params, state).compile().as_text()
     assert not COLLECTIVE.findall(text)
+
+
+@AXES
+@pytest.mark.parametrize(
+    "tx",
+    [adamod(0.1, **BFLOAT16), adamod(0.1, **FLOAT8), round_updates_stochastically()],
+    ids=["bfloat16", "8 bits", "parameters"],
+)
+def test_no_device_computes_more_than_its_shards(axis_type, tx):
+    """Of the random bits neither, which come from the shape alone."""
+    mesh = make_mesh(axis_type)
+    with jax.set_mesh(mesh):
+        sharding = NamedSharding(mesh, P("data", "fsdp"))
+        params = jax.device_put(jnp.ones((32, 1024), "bfloat16"), sharding)
+        updates, state = jax.device_put(jnp.ones((32, 1024)), sharding), tx.init(params)
+        lowered = jax.jit(tx.update).lower(updates, state, params)
+        text = lowered.compile().as_text()
+    assert "[16,256]" in text
+    assert "[32,1024]" not in text
+
+
+def test_explicit_shards_outside_the_context_of_their_mesh():
+    sharding = NamedSharding(make_mesh(AxisType.Explicit), P("data", "fsdp"))
+    params = jax.device_put(jnp.ones((32, 1024), "bfloat16"), sharding)
+    tx = optax.chain(scale_by_adamod(**FLOAT8), round_updates_stochastically())
+    updates, state = tx.update(params, tx.init(params), params)
+    for leaf in (updates, state[0].nu.codes):
+        assert leaf.sharding.is_equivalent_to(sharding, 2)
 
 
 def test_ensemble_sharded_over_devices():
