@@ -10,6 +10,7 @@ proves nothing about numerics or speed.
 
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import re
@@ -22,7 +23,7 @@ import numpy as np
 import optax
 import tyro
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from benchmarks import report, trees
@@ -107,7 +108,8 @@ def mesh(target: str) -> Mesh:
         options["target_config"] = H100.read_text()
     devices = np.asarray(topologies.get_topology_desc(**options).devices)
     groups = math.ceil(devices.size / 256)
-    return Mesh(devices.reshape(groups, -1), AXES)
+    explicit = (AxisType.Explicit,) * len(AXES)  # as jax.make_mesh has them
+    return Mesh(devices.reshape(groups, -1), AXES, axis_types=explicit)
 
 
 def fully_sharded(tree: Any, mesh: Mesh) -> Any:
@@ -172,6 +174,67 @@ def instructions(hlo: str) -> list[tuple[str, str, str]]:
     return run(entry)
 
 
+def bytes_of(shape: str) -> int:
+    """Returns what an array takes in a device's main memory, padded to its tiles."""
+    match = re.match(r"([a-z]+)(\d+)?\w*\[([\d,]*)\](?:\{([\d,]*)(.*)\})?$", shape)
+    if match is None or "S(" in shape:  # a token, or in a TPU's other memories
+        return 0
+    bits = int(match[2] or 8)
+    lengths = [int(x) for x in match[3].split(",") if x]
+    # From the dimension that varies fastest on.
+    order = [int(x) for x in (match[4] or "").split(",") if x]
+    padded = [lengths[d] for d in order or reversed(range(len(lengths)))]
+    tile = re.search(r"T\(([\d,]+)\)", match[5] or "")
+    for d, unit in enumerate(reversed(tile[1].split(",") if tile else [])):
+        if d < len(padded):
+            padded[d] = -(-padded[d] // int(unit)) * int(unit)
+    return math.prod(padded) * bits // 8
+
+
+def live_bytes(hlo: str) -> int:
+    """Returns the most that is live at once beside arguments and results.
+
+    Read from the schedule. XLA's own figure counts gaps between buffers too, and for
+    TPUs more than that: megabytes where the program has no buffer in main memory.
+    """
+    (entry,) = re.findall(r"^ENTRY %?([\w.-]+)", hlo, re.MULTILINE)
+    lines = computations(hlo)[entry].splitlines()
+    sizes: list[int] = []  # of each buffer
+    spans: list[tuple[int, int]] = []  # from when to when it is live
+    named: dict[str, list[int]] = {}
+    results: list[int] = []
+    for now, line in enumerate(lines):
+        match = re.match(
+            r" +(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*?)\)(?:, |$)", line
+        )
+        if match is None:
+            raise ValueError(f"not an instruction of HLO: {line}")
+        root, name, shape, op, inputs = match.groups()
+        used = [named[x] for x in re.findall(r"%([\w.-]+)", inputs)]
+        for i in itertools.chain(*used):
+            spans[i] = (spans[i][0], now)
+        if op in ("bitcast", "tuple"):
+            named[name] = [*itertools.chain(*used)]
+        elif op == "get-tuple-element":
+            (index,) = re.findall(r"index=(\d+)", line)
+            named[name] = used[0][int(index) :][:1]
+        elif op in ("parameter", "constant", *PREFETCHES):
+            named[name] = []
+        else:
+            arrays = re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", shape)
+            named[name] = [*range(len(sizes), len(sizes) + len(arrays))]
+            sizes += map(bytes_of, arrays)
+            spans += [(now, now)] * len(arrays)
+        if root:
+            results = named[name]
+    changes = [0] * (len(lines) + 1)
+    for i in set(range(len(sizes))) - set(results):
+        start, end = spans[i]
+        changes[start] += sizes[i]
+        changes[end + 1] -= sizes[i]
+    return max(itertools.accumulate(changes))
+
+
 def kinds(hlo: str, kernels: list[str]) -> int:
     """Returns how many of the kernels differ: what is alike is compiled once."""
     bodies = computations(hlo)
@@ -192,7 +255,7 @@ def facts(optimizer: str, tree: trees.Tree, mesh: Mesh) -> dict[str, Any]:
     """Compiles the update; returns what the program consists of, for one chip."""
     params = fully_sharded(tree, mesh)
     tx = COMPARED[optimizer]()
-    with jax.set_mesh(mesh):  # else averages in 8 bits ask for all devices that JAX has
+    with jax.set_mesh(mesh):
         state = fully_sharded(jax.eval_shape(tx.init, params), mesh)
         lowered = jax.jit(step(tx), donate_argnums=DONATED).lower(params, state, params)
     start = time.process_time()
@@ -214,6 +277,7 @@ def facts(optimizer: str, tree: trees.Tree, mesh: Mesh) -> dict[str, Any]:
         "prefetches": sum(op in PREFETCHES for _, op, _ in program),
         "collectives": sum(op.startswith(COLLECTIVES) for _, op, _ in program),
         "temporaries, bytes": memory.temp_size_in_bytes,
+        "live, bytes": live_bytes(hlo),
         "state": sum(
             leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
         ) / trees.size(tree),

@@ -249,6 +249,36 @@ def test_a_programs_instructions():
     assert "all-gather-start".startswith(compiled.COLLECTIVES)
 
 
+SCHEDULE = """
+HloModule jit_update, is_scheduled=true
+
+ENTRY %main (x: f32[8,200], e: u8[3,8]) -> (f32[8,200], u8[3,8]) {
+  %x = f32[8,200]{1,0:T(8,128)} parameter(0)
+  %e = u8[3,8]{1,0:T(8,128)(4,1)} parameter(1)
+  %fast = f32[8,200]{1,0:T(8,128)S(1)} fusion(%x), kind=kLoop, calls=%f
+  %pair = (f32[8,200]{1,0:T(8,128)}, u8[3,8]{1,0:T(8,128)(4,1)}) fusion(%fast, %e), calls=%g
+  %first = f32[8,200]{1,0:T(8,128)} get-tuple-element(%pair), index=0
+  %second = u8[3,8]{1,0:T(8,128)(4,1)} get-tuple-element(%pair), index=1
+  %turned = u8[3,8]{0,1:T(8,128)(4,1)} copy(%second)
+  %again = u8[3,8]{1,0:T(8,128)(4,1)} copy(%turned), metadata={op_name="second()"}
+  %view = f32[8,200]{1,0:T(8,128)} bitcast(%first)
+  ROOT %out = (f32[8,200]{1,0:T(8,128)}, u8[3,8]{1,0:T(8,128)(4,1)}) tuple(%view, %again)
+}
+"""  # noqa: E501
+
+
+def test_bytes_that_are_live_at_once():
+    """Padded to tiles; without arguments, results and a TPU's fast memory."""
+    assert compiled.bytes_of("f32[8,200]{1,0:T(8,128)}") == 8 * 256 * 4
+    assert compiled.bytes_of("f32[8,200]{0,1:T(8,128)}") == 200 * 128 * 4
+    assert compiled.bytes_of("bf16[2,8,64]{1,2,0:T(8,128)(2,1)}") == 2 * 64 * 128 * 2
+    assert compiled.bytes_of("f32[8,200]{1,0:T(8,128)S(1)}") == 0
+    assert compiled.bytes_of("pred[7]{0}") == compiled.bytes_of("u8[7]") == 7
+    # The second of the pair, and what it is turned to.
+    assert compiled.live_bytes(SCHEDULE) == 2 * 8 * 128
+    assert compiled.live_bytes(SCHEDULE.replace("(%view", "(%x")) == 8192 + 2 * 1024
+
+
 def test_trees_that_are_for_no_target_are_refused():
     options = compiled.Options(targets=("H100",), trees=("Llama 3 8B",))
     with pytest.raises(ValueError, match=r"Llama 3 8B.*H100.*do not go together"):
