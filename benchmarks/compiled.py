@@ -268,6 +268,7 @@ def facts(optimizer: str, tree: trees.Tree, mesh: Mesh) -> dict[str, Any]:
     run = [x for x in program if x[1] not in PREFETCHES + PREFETCHED]
     kernels = [line for shape, _, line in run if re.search(r"\[\d", shape)]
     parameters = trees.size(tree) / mesh.size
+    live = live_bytes(hlo)
     return {
         "optimizer": optimizer,
         "leaves": len(tree),
@@ -277,7 +278,7 @@ def facts(optimizer: str, tree: trees.Tree, mesh: Mesh) -> dict[str, Any]:
         "prefetches": sum(op in PREFETCHES for _, op, _ in program),
         "collectives": sum(op.startswith(COLLECTIVES) for _, op, _ in program),
         "temporaries, bytes": memory.temp_size_in_bytes,
-        "live, bytes": live_bytes(hlo),
+        "live, bytes": live,
         "state": sum(
             leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
         ) / trees.size(tree),
@@ -289,7 +290,7 @@ def facts(optimizer: str, tree: trees.Tree, mesh: Mesh) -> dict[str, Any]:
             memory.argument_size_in_bytes
             + memory.output_size_in_bytes
             - memory.alias_size_in_bytes
-            + memory.temp_size_in_bytes
+            + live
         )
         / 1e6,
         "compile, s of CPU": seconds,
@@ -318,10 +319,12 @@ def main(options: Options) -> dict[str, list[dict[str, Any]]]:
     """Returns a table for each target and tree."""
     without_hardware()
     notes = (
-        "State, in and out: bytes a parameter. The rest for one chip; held is what the "
-        "chip keeps while it updates, the gradients included. Kernels of one kind are "
-        "compiled once. A TPU computes scalars beside its kernels, a GPU in kernels of "
-        "their own.",
+        "State, in and out: bytes a parameter. The rest for one chip. Temporaries are "
+        "XLA's figure; live is the most that is in main memory at once beside "
+        "arguments and results, by the schedule. Held is what the chip keeps while it "
+        "updates: that, the arguments and the results. Kernels of one kind are "
+        "compiled once. A TPU computes scalars beside its kernels, a GPU in "
+        "kernels of their own.",
     )
     tables = {}
     wanted = jobs(options)
