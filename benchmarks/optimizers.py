@@ -3,29 +3,48 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
-from optax_adamod import adamod
+from optax_adamod import adamod, round_updates_stochastically
 
 ADAM = "Adam"
 ADAMOD = "AdaMod"
 ADAMOD_BFLOAT16 = "AdaMod, bfloat16 mu and bound"
 ADAMOD_FLOAT8 = "AdaMod, 8 bits"
+ADAMOD_7_BYTES = "AdaMod, 7 bytes"
+ADAM_FLOAT8 = "Adam, 8 bits"
+ADAM_BFLOAT16 = "Adam, bfloat16 weights"
+FLOAT8: dict[str, Any] = {
+    "mu_dtype": "float8",
+    "nu_dtype": "float8",
+    "bound_dtype": "float8",
+}
 
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     ADAM: lambda: optax.adam(1e-3),
     ADAMOD: lambda: adamod(1e-3),
     ADAMOD_BFLOAT16: lambda: adamod(1e-3, mu_dtype="bfloat16", bound_dtype="bfloat16"),
-    ADAMOD_FLOAT8: lambda: adamod(
-        1e-3, mu_dtype="float8", nu_dtype="float8", bound_dtype="float8"
+    ADAMOD_FLOAT8: lambda: adamod(1e-3, **FLOAT8),
+    ADAMOD_7_BYTES: lambda: optax.chain(
+        adamod(1e-3, **FLOAT8), round_updates_stochastically()
     ),
+    ADAM_FLOAT8: lambda: adamod(1e-3, b3=0, mu_dtype="float8", nu_dtype="float8"),
+    ADAM_BFLOAT16: lambda: optax.adam(1e-3),
     "AMSGrad": lambda: optax.amsgrad(1e-3),
     "AdaBelief": lambda: optax.adabelief(1e-3),
     "RAdam": lambda: optax.radam(1e-3),
     "Lion": lambda: optax.lion(1e-3),
 }
 
-Step = Callable[[Any, Any, Any], tuple[Any, Any]]
+Step = Callable[[Any, Any, Any], tuple[Any, ...]]
+
+
+def weights_dtype(optimizer: str) -> DTypeLike:
+    """Returns the dtype of the parameters and gradients that an optimizer is for."""
+    bfloat16 = (ADAMOD_7_BYTES, ADAM_BFLOAT16)
+    return jnp.bfloat16 if optimizer in bfloat16 else jnp.float32
 
 
 def step(tx: optax.GradientTransformation) -> Step:
@@ -42,3 +61,18 @@ def step(tx: optax.GradientTransformation) -> Step:
 
 
 DONATED = (0, 1)
+
+
+def step_in_place(tx: optax.GradientTransformation) -> Step:
+    """Returns the update that leaves its updates where the gradients were.
+
+    To be jitted with its three arguments donated. On TPUs a kernel may write the update
+    over the gradient, as in training, where gradients are no arguments: those that are,
+    and stay, would be copied first.
+    """
+
+    def update(params, opt_state, gradients):
+        updates, opt_state = tx.update(gradients, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, updates
+
+    return update

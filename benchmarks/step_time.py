@@ -23,11 +23,14 @@ from tqdm import tqdm
 from benchmarks import report, torch_optimizers, trees
 from benchmarks.optimizers import (
     ADAM,
+    ADAM_FLOAT8,
     ADAMOD,
+    ADAMOD_7_BYTES,
     ADAMOD_FLOAT8,
     DONATED,
     OPTIMIZERS,
     step,
+    weights_dtype,
 )
 from benchmarks.timing import (
     Copy,
@@ -39,7 +42,9 @@ from benchmarks.timing import (
     seconds,
 )
 
-Trees = dict[str, Callable[[], trees.Tree]]
+Trees = dict[str, Callable[..., trees.Tree]]
+# What is float32 without groups of 128.
+IN_GROUPS = (ADAMOD_FLOAT8, ADAMOD_7_BYTES, ADAM_FLOAT8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +89,11 @@ def bytes_per_step(optimizer: str, tree: trees.Tree) -> int:
     if optimizer in torch_optimizers.NAMES:
         optimizer = ADAMOD if ADAMOD in optimizer else ADAM
     state = jax.eval_shape(OPTIMIZERS[optimizer]().init, tree)
-    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    return 3 * 4 * trees.size(tree) + 2 * held
+    held, weights = (
+        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(x))
+        for x in (state, tree)
+    )
+    return 3 * weights + 2 * held
 
 
 def has_groups(tree: trees.Tree) -> bool:
@@ -176,15 +184,17 @@ def main(options: Options) -> dict[str, list[dict[str, Any]]]:
     for title, tree in timed_trees(options).items():
         adam = Update(OPTIMIZERS[ADAM](), tree())
         tables[title] = [
-            compare(adam, optimizer, tree(), options.rounds)
+            compare(
+                adam, optimizer, tree(dtype=weights_dtype(optimizer)), options.rounds
+            )
             for optimizer in tqdm(wanted, title)
-            if optimizer != ADAMOD_FLOAT8 or has_groups(tree())
+            if optimizer not in IN_GROUPS or has_groups(tree())
         ]
     if "tracing" in options.cases:
         for leaves in (x for x in options.leaves if x >= 16):
-            tree = trees.equal_leaves(options.parameters, leaves)
+            tree = functools.partial(trees.equal_leaves, options.parameters, leaves)
             tables[f"Tracing and compiling {leaves} leaves"] = [
-                compiling(optimizer, tree)
+                compiling(optimizer, tree(dtype=weights_dtype(optimizer)))
                 for optimizer in tqdm(wanted, f"tracing {leaves} leaves")
                 if optimizer in OPTIMIZERS
             ]

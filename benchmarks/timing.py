@@ -61,7 +61,7 @@ def gradients(tree: trees.Tree) -> dict[str, np.ndarray]:
     """Returns normally distributed values for each leaf."""
     rng = np.random.default_rng(0)
     return {
-        name: rng.standard_normal(leaf.shape, dtype=np.float32)
+        name: rng.standard_normal(leaf.shape, dtype=np.float32).astype(leaf.dtype)
         for name, leaf in tree.items()
     }
 

@@ -1,18 +1,17 @@
-"""Trees of parameters, as shapes alone: ``{name: jax.ShapeDtypeStruct}``."""
+"""Trees of parameters, as shapes and one dtype: ``{name: jax.ShapeDtypeStruct}``."""
 
 import math
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 Tree = dict[str, jax.ShapeDtypeStruct]
 Shapes = dict[str, tuple[int, ...]]
 
 
-def _tree(shapes: Shapes) -> Tree:
-    return {
-        name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()
-    }
+def _tree(shapes: Shapes, dtype: DTypeLike) -> Tree:
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
 
 
 def size(tree: Tree) -> int:
@@ -20,12 +19,12 @@ def size(tree: Tree) -> int:
     return sum(math.prod(leaf.shape) for leaf in tree.values())
 
 
-def equal_leaves(parameters: int, leaves: int) -> Tree:
+def equal_leaves(parameters: int, leaves: int, dtype: DTypeLike = jnp.float32) -> Tree:
     """Vectors of one size."""
-    return _tree({f"leaf{i}": (parameters // leaves,) for i in range(leaves)})
+    return _tree({f"leaf{i}": (parameters // leaves,) for i in range(leaves)}, dtype)
 
 
-def mixed_leaves() -> Tree:
+def mixed_leaves(dtype: DTypeLike = jnp.float32) -> Tree:
     """Twelve leaves of unlike shapes: six matrices, four vectors, two of rank 3."""
     return _tree(
         {
@@ -41,21 +40,17 @@ def mixed_leaves() -> Tree:
             "logits_bias": (32768,),
             "heads": (2048, 16, 128),
             "experts": (8, 2048, 1024),
-        }
+        },
+        dtype,
     )
 
 
-def matrix() -> Tree:
-    """One square matrix."""
-    return _tree({"kernel": (8192, 8192)})
+def one_leaf(*shape: int, dtype: DTypeLike = jnp.float32) -> Tree:
+    """One array of this shape."""
+    return _tree({"kernel": shape}, dtype)
 
 
-def stacked_leaves() -> Tree:
-    """What 160 vectors of one size are when they are kept as one array."""
-    return _tree({"leaves": (160, 2**17)})
-
-
-def resnet50() -> Tree:
+def resnet50(dtype: DTypeLike = jnp.float32) -> Tree:
     """ResNet-50: 25.6 million parameters."""
     shapes: Shapes = {}
 
@@ -77,10 +72,10 @@ def resnet50() -> Tree:
                 convolution(f"{name}/shortcut", 1, inputs, 4 * width)
             inputs = 4 * width
     shapes["logits/kernel"], shapes["logits/bias"] = (2048, 1000), (1000,)
-    return _tree(shapes)
+    return _tree(shapes, dtype)
 
 
-def gpt2_small() -> Tree:
+def gpt2_small(dtype: DTypeLike = jnp.float32) -> Tree:
     """GPT-2 small: 124.4 million parameters."""
     width = 768
     shapes: Shapes = {"tokens": (50257, width), "positions": (1024, width)}
@@ -97,22 +92,25 @@ def gpt2_small() -> Tree:
             for name in ("scale", "bias"):
                 shapes[f"block{block}/{norm}/{name}"] = (width,)
     shapes["norm/scale"] = shapes["norm/bias"] = (width,)
-    return _tree(shapes)
+    return _tree(shapes, dtype)
 
 
-def llama3(parameters: str) -> Tree:
-    """Llama 3 of '8B', '70B' or '405B' (8.0, 70.6 and 405.9 billion parameters)."""
-    blocks, width, hidden = {
-        "8B": (32, 4096, 14336),
-        "70B": (80, 8192, 28672),
-        "405B": (126, 16384, 53248),
+def llama3(parameters: str, dtype: DTypeLike = jnp.float32) -> Tree:
+    """Llama 3 of '1B', '8B', '70B' or '405B': 1.2 to 405.9 billion parameters.
+
+    That of '1B', Llama 3.2, has keys of 64 numbers, and its logits are made by the
+    table of tokens.
+    """
+    blocks, width, hidden, head = {
+        "1B": (16, 2048, 8192, 64),
+        "8B": (32, 4096, 14336, 128),
+        "70B": (80, 8192, 28672, 128),
+        "405B": (126, 16384, 53248, 128),
     }[parameters]
-    vocabulary, key_value = 128256, 8 * 128
-    shapes: Shapes = {
-        "tokens": (vocabulary, width),
-        "logits": (width, vocabulary),
-        "norm": (width,),
-    }
+    vocabulary, key_value = 128256, 8 * head
+    shapes: Shapes = {"tokens": (vocabulary, width), "norm": (width,)}
+    if parameters != "1B":
+        shapes["logits"] = (width, vocabulary)
     for block in range(blocks):
         for name, shape in (
             ("query", (width, width)),
@@ -126,4 +124,4 @@ def llama3(parameters: str) -> Tree:
             ("feed_forward_norm", (width,)),
         ):
             shapes[f"block{block}/{name}"] = shape
-    return _tree(shapes)
+    return _tree(shapes, dtype)
