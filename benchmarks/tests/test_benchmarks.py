@@ -1,5 +1,6 @@
 """Do the benchmarks measure what they say? Nothing here is timed."""
 
+import dataclasses
 import importlib.util
 import json
 import runpy
@@ -15,6 +16,7 @@ from flax import nnx
 from benchmarks import (
     compiled,
     hlo,
+    llama,
     optimizers,
     scaling,
     step_time,
@@ -22,6 +24,7 @@ from benchmarks import (
     torch_optimizers,
     train_step,
     trees,
+    whole_step,
 )
 from examples.common.resnet import ResNet
 from examples.common.transformer import Transformer
@@ -180,6 +183,59 @@ def test_training_steps_train(monkeypatch):
     assert trees.size(training.parameters) == sum(
         x.size for x in jax.tree.leaves(params)
     )
+
+
+def test_llama_has_its_size():
+    leaves = jax.tree.leaves(llama.shapes(llama.LLAMA_2_7B, "bfloat16"))
+    assert sum(x.size for x in leaves) == 6_738_415_616
+    fresh = llama.initialised(llama.SMALL, "bfloat16", jax.random.key(0))
+    same = jax.tree.map(
+        lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype),
+        fresh,
+        llama.shapes(llama.SMALL, "bfloat16"),
+    )
+    assert all(jax.tree.leaves(same))
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_llama_sees_no_later_tokens():
+    params = llama.initialised(llama.SMALL, "float32", jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (1, 9), 0, 256)
+
+    def loss_of_first(embedded):
+        return llama.loss(params | {"tokens": embedded}, tokens[:, :5], heads=2)
+
+    def loss_of_all(embedded):
+        return llama.loss(params | {"tokens": embedded}, tokens, heads=2)
+
+    assert loss_of_first(params["tokens"]) == pytest.approx(np.log(256), rel=0.05)
+    changed = params["tokens"].at[tokens[0, 6]].add(1.0)
+    assert loss_of_all(changed) != loss_of_all(params["tokens"])
+    assert loss_of_first(changed) == loss_of_first(params["tokens"])
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_whole_steps_train_and_are_weighed(tmp_path):
+    options = whole_step.Options(
+        small=True, steps=2, tokens=32, optimizers=(optimizers.ADAMOD_7_BYTES,)
+    )
+    facts = whole_step.train(optimizers.ADAMOD_7_BYTES, options)
+    losses = [float(x) for x in facts["losses"].split()]
+    assert losses == pytest.approx([np.log(256)] * 2, rel=0.05)
+    options = dataclasses.replace(options, steps=0, output=tmp_path)
+    ((row,),) = whole_step.main(options).values()
+    held = 1e9 * row["arguments, GB"] / 393_856
+    assert held == pytest.approx(2 + 3 * (1 + 1 / 128), abs=0.01)
+    assert row["peak, GB"] > row["arguments, GB"]
+    assert row["fits 80 GB"] == "yes"
+    assert "32 tokens" in (tmp_path / "whole_step.md").read_text()
+
+
+def test_whole_steps_refuse_nonsense():
+    with pytest.raises(ValueError, match=r"--optimizers: \['SGD'\] unknown"):
+        whole_step.Options(optimizers=("SGD",))
+    with pytest.raises(ValueError, match="--steps must be at least 0, got -1"):
+        whole_step.Options(steps=-1)
 
 
 COMMANDS = [
