@@ -3,15 +3,17 @@
 A coordinate sleeps in a step in which its gradient is exactly zero: the embedding of a
 word that is not in the batch, the weights of a ReLU unit that no example turned on. The
 published bound then goes on averaging, and averages rates that grow without limit,
-because the second moment decays. Three ways out, none of which changes anything for a
+because the second moment decays. Before the first gradient, while the second moment is
+exactly zero, the rate is 1 / eps. Four ways out, none of which changes anything for a
 coordinate that never sleeps:
 
 kept: the bound stands still, and opens over 1 / (1 - b3) steps awake;
 opened: the bound opens with the clock, around the mean of the rates when awake;
-frozen: that, and the second moment stands still too, and so the rate.
+frozen: that, and the second moment stands still too, and so the rate;
+started: the rate counts as zero before the first gradient, as published afterwards.
 """
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,19 +21,18 @@ import optax
 
 from optax_adamod import ScaleByAdamodState
 
-Sleeping = Literal["kept", "opened", "frozen"]
-VARIANTS: tuple[Sleeping, ...] = get_args(Sleeping)
+Sleeping = Literal["published", "kept", "opened", "frozen", "started"]
+VARIANTS: tuple[Sleeping, ...] = ("kept", "opened", "frozen", "started")
 
 
-def lazy_adamod(
-    learning_rate: float,
+def scale_by_lazy_adamod(
     sleeping: Sleeping,
     b1: float = 0.9,
     b2: float = 0.999,
     b3: float = 0.999,
     eps: float = 1e-8,
-) -> optax.GradientTransformationExtraArgs:
-    """Returns AdaMod with one of the variants, at a constant learning rate."""
+) -> optax.GradientTransformation:
+    """Returns AdaMod, published or a variant, per unit of a constant learning rate."""
 
     def init(params: optax.Params) -> ScaleByAdamodState:
         averages = (optax.tree.zeros_like(params) for _ in range(3))
@@ -58,6 +59,12 @@ def lazy_adamod(
             if sleeping == "kept":
                 bound = jnp.where(awake, bound + (1 - b3) * (rate - bound), bound)
                 limit = bound
+            elif sleeping in ("published", "started"):
+                counted = rate
+                if sleeping == "started":
+                    counted = jnp.where(v_hat > 0, rate, 0)
+                bound += (1 - b3) * (counted - bound)
+                limit = bound
             else:
                 bound = jnp.where(awake, mean(bound, rate, b3, count), bound)
                 limit = opening(b3, count) * bound
@@ -70,8 +77,20 @@ def lazy_adamod(
         )
         return updates, ScaleByAdamodState(count, *averages)
 
+    return optax.GradientTransformation(init, update)
+
+
+def lazy_adamod(
+    learning_rate: float,
+    sleeping: Sleeping,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    b3: float = 0.999,
+    eps: float = 1e-8,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the same with its learning rate."""
     return optax.chain(
-        optax.GradientTransformation(init, update),
+        scale_by_lazy_adamod(sleeping, b1, b2, b3, eps),
         optax.scale_by_learning_rate(learning_rate),
     )
 

@@ -70,6 +70,8 @@ class Options:
     """Words that the model sees."""
     batch: int = 8
     """Windows of text in a batch."""
+    optimizers: tuple[str, ...] = ()
+    """Which optimizers, by default all."""
     text: Path = FOLDER
     """Folder whose .py files are the text."""
     output: Path = Path("outputs/sleeping_words")
@@ -125,13 +127,15 @@ def main(options: Options) -> History:
         record=recorded,
     )  # fmt: skip
     settings = dataclasses.asdict(options)
-    for name in ("rates", "seeds", "output"):
+    for name in ("rates", "seeds", "optimizers", "output"):
         del settings[name]
     runs = runs_of(
         options,
         lambda tree: tree["tokens"]["embedding"],
         options.batch * options.context * options.width,
     )
+    if options.optimizers:
+        runs = [run for run in runs if run.optimizer in options.optimizers]
     history = train_all(task, runs, options.output / "runs", settings)
     report(
         "sleeping_words", history, "validation loss", options.output,
