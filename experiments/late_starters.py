@@ -1,0 +1,368 @@
+"""Does a bound that starts with a coordinate's first gradient pay for late starters?
+
+AdaMod as published averages rates of ``1 / eps`` while a coordinate's second moment is
+exactly zero, so its bound does not hold once the gradients come. With the rule these
+rates count as zero, and each coordinate warms up from its own first gradient. Both
+beside rivals on tasks of late starters (:mod:`experiments.late_tasks`):
+
+    python -m experiments.late_starters
+
+One seed of all tasks comes first, then the next. A command that was stopped goes on.
+"""
+
+import csv
+import dataclasses
+import functools
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+from flax import nnx
+from jax.flatten_util import ravel_pytree
+from tqdm import tqdm
+
+from examples.common.options import check_counts, check_heads
+from examples.common.results import table
+from experiments import contestants
+from experiments.command import command
+from experiments.compared_tasks import B2, HEADS
+from experiments.contestants import Contestant, Creates, Schedule, at_rate, create
+from experiments.late_tasks import TASKS, Late, Size
+from experiments.lazy_bounds import Sleeping, scale_by_lazy_adamod
+from experiments.other_bounds import B1, EPS
+from experiments.report import command_and_date, spread
+from experiments.together import batches_of, compiled_update
+from experiments.training import Task, check_settings, loss_and_rest
+
+PUBLISHED, RULE = "AdaMod, published", "AdaMod, with the rule"
+EXPONENTIAL = "Adam, exponential warm-up"
+TUNED = "Adam, tuned linear warm-up"
+LENGTHS = (1 / 12, 1 / 6, 1 / 3)  # of the run's, of the warm-ups of which one counts
+LAST = 1 / 8  # of the run, over which the loss is averaged
+BELOW = 0.25  # nats under the plateau, where a run counts as one that trains
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Compares AdaMod with and without the rule with its rivals."""
+
+    tasks: tuple[str, ...] = tuple(TASKS)
+    """Which tasks, in their order."""
+    optimizers: tuple[str, ...] = ()
+    """Which optimizers, by default all."""
+    seeds: int = 5
+    """How often to repeat every task, at most."""
+    minutes: float = math.inf
+    """After so long no more run begins; the report is of what is finished."""
+    size: Size = dataclasses.field(default_factory=Size)
+    output: Path = Path("experiments/results/late_starters")
+    """Folder for runs, tables and the figure."""
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.tasks) - set(TASKS):
+            raise ValueError(f"--tasks: {unknown} unknown; there are {[*TASKS]}.")
+        check_counts(self.size, "steps", "depth", "width", "pretraining")
+        check_heads(self.size, HEADS)
+
+
+class Key(NamedTuple):
+    """Which run: a row of the file without its loss."""
+
+    task: str
+    optimizer: str
+    learning_rate: float
+    seed: int
+
+
+Losses = dict[Key, float]
+
+
+def adamod(sleeping: Sleeping, b3: float) -> Contestant:
+    return Contestant(
+        lambda b2, _: scale_by_lazy_adamod(sleeping, B1, b2, b3, EPS), b3=b3
+    )
+
+
+def optimizers(late: Late) -> dict[str, Contestant]:
+    """Returns who takes part; of the linear warm-ups the best one counts."""
+    return {
+        PUBLISHED: adamod("published", late.b3),
+        RULE: adamod("started", late.b3),
+        EXPONENTIAL: Contestant(contestants.adam, contestants.exponential(late.b3)),
+        **{
+            linear_name(steps): Contestant(
+                contestants.adam, contestants.linear(steps), tuned=True
+            )
+            for steps in lengths(late)
+        },
+        "RAdam": Contestant(contestants.radam),
+        "Adam": Contestant(contestants.adam),
+    }
+
+
+def lengths(late: Late) -> list[int]:
+    return [max(1, round(x * late.task.steps)) for x in LENGTHS]
+
+
+def linear_name(steps: int) -> str:
+    return f"Adam, linear warm-up over {steps}"
+
+
+def read(path: Path) -> Losses:
+    """Returns the final loss of every run in the file."""
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        return {
+            Key(x["task"], x["optimizer"], float(x["learning_rate"]), int(x["seed"])):
+            float(x["loss"])
+            for x in csv.DictReader(file)
+        }  # fmt: skip
+
+
+def add(path: Path, losses: Losses) -> None:
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            writer.writerow([*Key._fields, "loss"])
+        for key, loss in losses.items():
+            writer.writerow([*key, f"{loss:.5g}"])
+
+
+@functools.cache
+def flat_gradients(task: Task) -> Callable[..., Any]:
+    """Returns losses and gradients of several runs whose parameters are vectors.
+
+    All optimizers here act on each coordinate alone, so that one vector is as good as
+    many leaves, and takes less time to compile and to call.
+    """
+    _, params, _ = initial(task, 0)
+    _, unravel = ravel_pytree(params)
+
+    def loss(flat: jax.Array, rest: Any, batch: Any) -> jax.Array:
+        return loss_and_rest(task)(unravel(flat), rest, batch)[0]
+
+    return jax.jit(jax.vmap(jax.value_and_grad(loss), in_axes=(0, None, None)))
+
+
+def initial(task: Task, seed: int) -> tuple[jax.Array, Any, Any]:
+    """Returns the parameters as a vector and as a tree, and what is not trained."""
+    _, *states = nnx.split(task.create_model(nnx.Rngs(seed)), nnx.Param, ...)
+    params, rest = map(nnx.to_pure_dict, states)
+    return ravel_pytree(params)[0], params, rest
+
+
+def final_losses(
+    task: Task, creates: Creates, rates: Sequence[float], seed: int, progress: tqdm
+) -> list[float]:
+    """Returns the mean loss of the last steps at each rate, NaN of what diverged."""
+    flat, _, rest = initial(task, seed)
+    transformations = [at_rate(creates, rate) for rate in rates]
+    gradients = flat_gradients(task)
+    apply = compiled_update(transformations[0].update)
+    states = [tx.init(flat) for tx in transformations]
+    state = jax.tree.map(lambda *x: jnp.stack(x), *states)
+    params = jnp.stack([flat] * len(rates))
+    losses: list[jax.Array] = []
+    for batch in batches_of(task, seed):
+        loss, updates = gradients(params, rest, batch)
+        params, state = apply(updates, state, params)
+        losses.append(loss)
+        progress.update()
+    last = np.stack(jax.device_get(losses))[-max(1, round(LAST * task.steps)) :]
+    return [x if math.isfinite(x) else math.nan for x in last.mean(axis=0).tolist()]
+
+
+def best_length(late: Late, name: str, losses: Losses) -> str | None:
+    """Returns which linear warm-up was best for the first seed, once all are known."""
+    found = {}
+    for linear in map(linear_name, lengths(late)):
+        values = [losses.get(Key(name, linear, rate, 0)) for rate in late.rates]
+        if None in values:
+            return None
+        found[linear] = min(x if x == x else math.inf for x in values if x is not None)
+    return min(found, key=found.__getitem__)
+
+
+def missing(
+    tasks: dict[str, Late], options: Options, path: Path
+) -> Iterator[tuple[str, str, int, list[float]]]:
+    """Yields task, optimizer, seed and rates of what no row has, seed by seed.
+
+    The first seed chooses the length of the linear warm-up, and the others train that.
+    """
+    for seed in range(options.seeds):
+        for name, late in tasks.items():
+            for optimizer, contestant in optimizers(late).items():
+                losses = read(path)
+                chosen = best_length(late, name, losses)
+                if seed > 0 and contestant.tuned and optimizer != chosen:
+                    continue
+                wanted = not options.optimizers or optimizer in options.optimizers
+                rates = [
+                    x for x in late.rates if Key(name, optimizer, x, seed) not in losses
+                ]
+                if wanted and seed < late.seeds and rates:
+                    yield name, optimizer, seed, rates
+
+
+def main(options: Options) -> Losses:
+    options.output.mkdir(parents=True, exist_ok=True)
+    settings = dataclasses.asdict(options.size)
+    check_settings(options.output / "settings.json", settings)
+    path = options.output / "late_starters.csv"
+    tasks = {name: TASKS[name](options.size) for name in options.tasks}
+    everyone = {
+        (name, optimizer): create(contestant, Schedule(B2))
+        for name, late in tasks.items()
+        for optimizer, contestant in optimizers(late).items()
+    }
+    with tqdm(unit="step", mininterval=5) as progress:
+        for name, optimizer, seed, rates in missing(tasks, options, path):
+            if progress.format_dict["elapsed"] > 60 * options.minutes:
+                break
+            progress.set_description(f"{name}, {optimizer}, seed {seed}")
+            task, creates = tasks[name].task, everyone[name, optimizer]
+            found = final_losses(task, creates, rates, seed, progress)
+            keys = [Key(name, optimizer, rate, seed) for rate in rates]
+            add(path, dict(zip(keys, found, strict=True)))
+    losses = read(path)
+    report(tasks, losses, options.output)
+    return losses
+
+
+def by_optimizer(name: str, late: Late, losses: Losses) -> dict[str, list[list[float]]]:
+    """Returns the losses of each optimizer, of every seed at each learning rate."""
+    chosen = best_length(late, name, losses)
+    found = {}
+    for optimizer, contestant in optimizers(late).items():
+        if contestant.tuned and optimizer != chosen:
+            continue
+        values = [
+            [x for key, x in losses.items() if key[:3] == (name, optimizer, rate)]
+            for rate in late.rates
+        ]
+        if all(values):
+            found[TUNED if contestant.tuned else optimizer] = values
+    return found
+
+
+def trains(late: Late, losses: Iterable[float]) -> int:
+    return sum(x < late.plateau - BELOW for x in losses)  # NaN is not
+
+
+def best_rate(values: Sequence[Sequence[float]]) -> int:
+    """Returns the index of the learning rate whose mean is lowest, or 0 if all fail."""
+    means = [statistics.fmean(x) for x in values]
+    return min(range(len(means)), key=lambda i: (math.isnan(means[i]), means[i]))
+
+
+def task_table(late: Late, found: dict[str, list[list[float]]]) -> str:
+    rows = []
+    for optimizer, values in found.items():
+        best = best_rate(values)
+        rows.append(
+            {
+                "optimizer": optimizer,
+                "best lr": f"{late.rates[best]:g}",
+                "loss at it": spread(values[best]),
+                "seeds": f"{len(values[best])}",
+                **{
+                    f"lr {rate:g}": f"{statistics.fmean(x):.3f}, "
+                    f"{trains(late, x)} of {len(x)}"
+                    for rate, x in zip(late.rates, values, strict=True)
+                },
+            }
+        )
+    return table(rows)
+
+
+def summary(
+    tasks: dict[str, Late], found: dict[str, dict[str, list[list[float]]]]
+) -> str:
+    """Returns how many percent worse than the published bound each is, and shares."""
+    names = list(dict.fromkeys(name for x in found.values() for name in x))
+    rows = []
+    for name, by_name in found.items():
+        row = {"task": name}
+        for optimizer in names:
+            values = by_name.get(optimizer)
+            published = by_name.get(PUBLISHED)
+            row[optimizer] = ""
+            if values and published:
+                mine, theirs = (
+                    statistics.fmean(x[best_rate(x)]) for x in (values, published)
+                )
+                every = [x for losses in values for x in losses]
+                share = trains(tasks[name], every) / len(every)
+                row[optimizer] = f"{100 * (mine / theirs - 1):+.2f} %, {share:.0%}"
+        rows.append(row)
+    return table(rows)
+
+
+def report(tasks: dict[str, Late], losses: Losses, folder: Path) -> None:
+    """Writes and prints a table of each task and one of all; draws the figure."""
+    found = {name: by_optimizer(name, late, losses) for name, late in tasks.items()}
+    found = {name: x for name, x in found.items() if x}
+    if not found:
+        return
+    parts = [
+        "# late_starters",
+        f"{command_and_date('late_starters')}.",
+        "How much higher the mean loss is than that of the published bound, each at "
+        "its own best learning rate; and the share of runs that train, at all learning "
+        f"rates. A run trains if its loss ends {BELOW} nats below the plateau, which "
+        "is the entropy of single tokens.",
+        summary(tasks, found),
+    ]
+    for name, by_name in found.items():
+        late = tasks[name]
+        about = (
+            f"{late.task.steps} steps, b3 {late.b3:g}, plateau {late.plateau:.3f} "
+            "nats. At the best learning rate the mean loss (lowest to highest seed); "
+            "at each the mean loss and how many runs train."
+        )
+        parts += [f"## {name}", about, task_table(late, by_name)]
+    text = "\n\n".join(parts) + "\n"
+    (folder / "late_starters.md").write_text(text)
+    print(f"\n{text}")
+    draw(tasks, found, folder / "late_starters.png")
+
+
+def draw(
+    tasks: dict[str, Late], found: dict[str, dict[str, list[list[float]]]], path: Path
+) -> None:
+    """Draws the loss over the learning rate: median and range of the seeds."""
+    columns = min(4, len(found))
+    figure, axes = plt.subplots(
+        -(-len(found) // columns), columns, figsize=(3.4 * columns, 6), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axis in axes.flat[len(found) :]:
+        axis.set_visible(False)
+    for axis, (name, by_name) in zip(axes.flat, found.items(), strict=False):
+        for index, (optimizer, values) in enumerate(by_name.items()):
+            axis.plot(
+                tasks[name].rates, [statistics.median(x) for x in values], marker=".",
+                color=f"C{index}", label=optimizer,
+            )  # fmt: skip
+            lowest, highest = ([f(x) for x in values] for f in (min, max))
+            axis.fill_between(
+                tasks[name].rates, lowest, highest, color=f"C{index}", alpha=0.12
+            )
+        axis.set(xscale="log", title=name, xlabel="learning rate", ylabel="loss")
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, fontsize="small")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    command(main, Options, __doc__)

@@ -1,0 +1,235 @@
+"""Do late starters start late, and does the rule what it says? Is no run repeated?"""
+
+import functools
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from experiments import late_starters
+from experiments.late_starters import Key, Options
+from experiments.late_tasks import BYTES, LATE_EXPERTS, NEW, TASKS, Size, with_pairs
+from experiments.lazy_bounds import lazy_adamod, scale_by_lazy_adamod
+from experiments.training import loss_and_rest
+from optax_adamod import adamod
+
+SMALL = Size(steps=6, depth=2, width=8, pretraining=2)
+SETTINGS = dict(b1=0.9, b2=0.98, b3=0.99)
+
+
+def follow(tx, gradients):
+    """The updates of a trajectory of gradients."""
+    params = jnp.zeros_like(gradients[0])
+
+    def step(state, g):
+        updates, state = tx.update(g, state, params)
+        return state, updates
+
+    return jax.lax.scan(step, tx.init(params), jnp.asarray(gradients))[1]
+
+
+def waking(steps=60, first=20):
+    """Coordinates whose gradient is zero at first, now and then, always, and never."""
+    gradients = np.random.default_rng(0).normal(size=(steps, 4)).astype(np.float32)
+    gradients[:first, 0] = 0
+    gradients[::3, 1] = 0
+    gradients[:, 3] = 0
+    return gradients
+
+
+def oracle(gradients, *, rule, b1, b2, b3, eps=1e-8):
+    """Algorithm 1 in float64, with or without the rule, per learning rate."""
+    m = v = s = np.zeros(gradients.shape[1])
+    updates = []
+    for t, g in enumerate(gradients.astype(np.float64), 1):
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * g**2
+        eta = 1 / (np.sqrt(v / (1 - b2**t)) + eps)
+        s = b3 * s + (1 - b3) * (np.where(v > 0, eta, 0) if rule else eta)
+        updates.append(np.minimum(eta, s) * m / (1 - b1**t))
+    return np.stack(updates)
+
+
+@pytest.mark.parametrize("name", ["published", "started"])
+def test_the_arithmetic_is_algorithm_1_with_and_without_the_rule(name):
+    gradients = waking()
+    updates = follow(scale_by_lazy_adamod(name, **SETTINGS), gradients)
+    expected = oracle(gradients, rule=name == "started", **SETTINGS)
+    chex.assert_trees_all_close(updates, expected.astype(np.float32), rtol=1e-4)
+
+
+def test_published_is_the_librarys_and_the_rule_too_from_the_first_gradient_on():
+    gradients = waking()
+    library = follow(adamod(0.01, **SETTINGS), gradients)
+    published = follow(lazy_adamod(0.01, "published", **SETTINGS), gradients)
+    chex.assert_trees_all_close(published, library, rtol=1e-4)
+    started = follow(lazy_adamod(0.01, "started", **SETTINGS), gradients)
+    always = 2
+    np.testing.assert_allclose(started[:, always], library[:, always], rtol=1e-4)
+    # One zero gradient takes the published bound away: the first step is 100 times as
+    # large as that of a bound which opens over 100 steps.
+    first = np.abs([x[20, 0] for x in (published, started)])
+    np.testing.assert_allclose(first[0] / first[1], 100, rtol=1e-3)
+
+
+def late_of(name, params):
+    """What of the parameters starts late, leaf by leaf."""
+    blocks = [*params["blocks"].values()]
+    first = blocks[0]
+    if name == "zero_head":
+        return {key: x for key, x in params.items() if key != "logits"}
+    if name == "zero_branches":
+        layers = [x["attention"][key] for x in blocks for key in ("query", "value")]
+        return [*layers, *(x["expand"] for x in blocks)]
+    if name == "lora":
+        return [x["expand"]["a"] for x in blocks]
+    if name.startswith("frozen"):
+        return first
+    if name == "experts":
+        half = LATE_EXPERTS * 2 * SMALL.width
+        return [
+            (x["expand"]["experts"]["kernel"][:, half:], x["contract"]["kernel"][half:])
+            for x in blocks
+        ]
+    if name == "new_tokens":
+        head = params["logits"]
+        return [
+            params["tokens"]["embedding"][BYTES:],
+            head["kernel"][:, BYTES:],
+            head["bias"][BYTES:],
+        ]
+    assert name == "full_fine_tuning"
+    return []
+
+
+@functools.cache
+def found(name):
+    return TASKS[name](SMALL)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("name", TASKS)
+def test_gradients_of_late_starters_are_zero_at_first(name):
+    task = found(name).task
+    _, params, rest = late_starters.initial(task, 0)
+    both = jax.jit(jax.grad(loss_and_rest(task), has_aux=True))
+    start = task.steps // 3
+    if name in ("zero_head", "zero_branches", "lora"):
+        start = 1
+    batches = task.batches(0)
+    for step in range(start):
+        gradients, _ = both(params, rest, batches[step])
+        for x in jax.tree.leaves(late_of(name, gradients)):
+            assert not np.any(x)
+        assert any(np.any(x) for x in jax.tree.leaves(gradients))
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients)
+    gradients, _ = both(params, rest, batches[start])
+    for x in jax.tree.leaves(late_of(name, gradients)):
+        assert np.any(x)
+
+
+def test_lora_trains_its_two_matrices_alone_and_starts_as_the_base():
+    _, params, _ = late_starters.initial(found("lora").task, 0)
+    names = {path[-1].key for path, _ in jax.tree.leaves_with_path(params)}
+    assert names == {"a", "b"}
+    models = [
+        found(name).task.create_model(nnx.Rngs(0))
+        for name in ("lora", "full_fine_tuning")
+    ]
+    windows = jnp.arange(16)[None]
+    np.testing.assert_allclose(*(model(windows) for model in models), rtol=1e-5)
+
+
+def test_pairs_of_bytes_are_tokens_and_say_the_same():
+    text = np.frombuffer(b"abababxyab" * 30 + b"q", np.uint8)
+    tokens = with_pairs(text)
+    assert len(tokens) == 150
+    assert tokens.min() >= BYTES
+    assert tokens.max() < BYTES + NEW
+    assert tokens[0] == BYTES  # the most common one
+    np.testing.assert_array_equal(tokens[:5] == tokens[0], [1, 1, 1, 0, 1])
+
+
+def options_of(tmp_path, **changes):
+    usual = dict(
+        tasks=("zero_head",), optimizers=("RAdam",), size=SMALL, output=tmp_path
+    )
+    return Options(**usual | changes)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_only_what_is_missing_is_run(tmp_path, monkeypatch):
+    ran = []
+
+    def run(task, creates, rates, seed, progress):
+        ran.append((seed, len(rates)))
+        return [2.0 + seed] * len(rates)
+
+    monkeypatch.setattr(late_starters, "final_losses", run)
+    late_starters.main(options_of(tmp_path, seeds=1))
+    losses = late_starters.main(options_of(tmp_path, seeds=2))
+    assert ran == [(0, 5), (1, 5)]
+    assert len(losses) == 10
+    path = tmp_path / "late_starters.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-2]))
+    late_starters.main(options_of(tmp_path, seeds=2))
+    assert ran[2:] == [(1, 2)]
+    assert losses[Key("zero_head", "RAdam", 1e-3, 1)] == 3
+    with pytest.raises(ValueError, match="other settings"):
+        late_starters.main(options_of(tmp_path, size=Size(steps=7)))
+
+
+def test_later_seeds_train_the_best_warmup_alone(tmp_path):
+    late = found("zero_head")
+    path = tmp_path / "runs.csv"
+    everyone = [*late_starters.optimizers(late)]
+    linear = [x for x in everyone if "linear" in x]
+    losses = {
+        Key("zero_head", name, rate, 0): {linear[1]: 2.0, linear[0]: math.nan}.get(
+            name, 3.0
+        )
+        for name in everyone
+        for rate in late.rates
+    }
+    late_starters.add(path, losses)
+    chex.assert_trees_all_equal(late_starters.read(path), losses)
+    options = options_of(tmp_path, optimizers=(), seeds=2)
+    wanted = [*late_starters.missing({"zero_head": late}, options, path)]
+    assert {seed for _, _, seed, _ in wanted} == {1}
+    assert [x for _, x, _, _ in wanted if "linear" in x] == [linear[1]]
+    by_optimizer = late_starters.by_optimizer("zero_head", late, losses)
+    assert by_optimizer[late_starters.TUNED] == [[2.0]] * 5
+
+
+def test_runs_that_train_are_counted_and_who_diverges_is_never_best():
+    late = found("zero_head")
+    low, high = late.plateau - 0.3, late.plateau - 0.2
+    assert late_starters.trains(late, [low, high, math.nan]) == 1
+    assert late_starters.best_rate([[math.nan, 1.0], [3.0, 3.0], [2.0, 3.0]]) == 2
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_vector_is_as_good_as_many_leaves():
+    task = found("zero_head").task
+    late = found("zero_head")
+    creates = late_starters.create(
+        late_starters.optimizers(late)[late_starters.RULE], late_starters.Schedule(0.98)
+    )
+    with late_starters.tqdm(disable=True) as progress:
+        (mine,) = late_starters.final_losses(task, creates, [1e-2], 0, progress)
+    tx = lazy_adamod(1e-2, "started", **SETTINGS)
+    _, params, rest = late_starters.initial(task, 0)
+    state = tx.init(params)
+    both = jax.jit(jax.value_and_grad(loss_and_rest(task), has_aux=True))
+    update = jax.jit(tx.update)
+    batches = task.batches(0)
+    for step in range(task.steps):
+        (loss, _), gradients = both(params, rest, batches[step])
+        updates, state = update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(mine, loss, rtol=1e-4)
