@@ -81,6 +81,8 @@ class Key(NamedTuple):
 
 
 Losses = dict[Key, float]
+BySeed = dict[int, float]
+Found = dict[str, list[BySeed]]  # of each optimizer, at each learning rate
 
 
 def adamod(sleeping: Sleeping, b3: float) -> Contestant:
@@ -238,16 +240,16 @@ def main(options: Options) -> Losses:
     return losses
 
 
-def by_optimizer(name: str, late: Late, losses: Losses) -> dict[str, list[list[float]]]:
-    """Returns the losses of each optimizer, of every seed at each learning rate."""
+def by_optimizer(name: str, late: Late, losses: Losses) -> Found:
+    """Returns the losses on a task, of the linear warm-ups those of the best."""
     chosen = best_length(late, name, losses)
     found = {}
     for optimizer, contestant in optimizers(late).items():
         if contestant.tuned and optimizer != chosen:
             continue
         values = [
-            [x for key, x in losses.items() if key[:3] == (name, optimizer, rate)]
-            for rate in late.rates
+            {key.seed: x for key, x in losses.items() if key[:3] == run}
+            for run in ((name, optimizer, rate) for rate in late.rates)
         ]
         if all(values):
             found[TUNED if contestant.tuned else optimizer] = values
@@ -258,13 +260,21 @@ def trains(late: Late, losses: Iterable[float]) -> int:
     return sum(x < late.plateau - BELOW for x in losses)  # NaN is not
 
 
-def best_rate(values: Sequence[Sequence[float]]) -> int:
+def best_rate(values: Sequence[BySeed]) -> int:
     """Returns the index of the learning rate whose mean is lowest, or 0 if all fail."""
-    means = [statistics.fmean(x) for x in values]
+    means = [statistics.fmean(x.values()) for x in values]
     return min(range(len(means)), key=lambda i: (math.isnan(means[i]), means[i]))
 
 
-def task_table(late: Late, found: dict[str, list[list[float]]]) -> str:
+def of_seeds(values: Sequence[BySeed], other: Sequence[BySeed]) -> list[BySeed]:
+    """Returns the losses of those seeds that the other has too."""
+    return [
+        {seed: x for seed, x in mine.items() if seed in theirs}
+        for mine, theirs in zip(values, other, strict=True)
+    ]
+
+
+def task_table(late: Late, found: Found) -> str:
     rows = []
     for optimizer, values in found.items():
         best = best_rate(values)
@@ -272,11 +282,11 @@ def task_table(late: Late, found: dict[str, list[list[float]]]) -> str:
             {
                 "optimizer": optimizer,
                 "best lr": f"{late.rates[best]:g}",
-                "loss at it": spread(values[best]),
+                "loss at it": spread([*values[best].values()]),
                 "seeds": f"{len(values[best])}",
                 **{
-                    f"lr {rate:g}": f"{statistics.fmean(x):.3f}, "
-                    f"{trains(late, x)} of {len(x)}"
+                    f"lr {rate:g}": f"{statistics.fmean(x.values()):.3f}, "
+                    f"{trains(late, x.values())} of {len(x)}"
                     for rate, x in zip(late.rates, values, strict=True)
                 },
             }
@@ -284,25 +294,23 @@ def task_table(late: Late, found: dict[str, list[list[float]]]) -> str:
     return table(rows)
 
 
-def summary(
-    tasks: dict[str, Late], found: dict[str, dict[str, list[list[float]]]]
-) -> str:
+def summary(tasks: dict[str, Late], found: dict[str, Found]) -> str:
     """Returns how many percent worse than the published bound each is, and shares."""
     names = list(dict.fromkeys(name for x in found.values() for name in x))
     rows = []
     for name, by_name in found.items():
         row = {"task": name}
         for optimizer in names:
-            values = by_name.get(optimizer)
-            published = by_name.get(PUBLISHED)
             row[optimizer] = ""
-            if values and published:
-                mine, theirs = (
-                    statistics.fmean(x[best_rate(x)]) for x in (values, published)
+            if optimizer in by_name and PUBLISHED in by_name:
+                values, published = by_name[optimizer], by_name[PUBLISHED]
+                mine, theirs = of_seeds(values, published), of_seeds(published, values)
+                best, other = (
+                    statistics.fmean(x[best_rate(x)].values()) for x in (mine, theirs)
                 )
-                every = [x for losses in values for x in losses]
+                every = [x for by_seed in mine for x in by_seed.values()]
                 share = trains(tasks[name], every) / len(every)
-                row[optimizer] = f"{100 * (mine / theirs - 1):+.2f} %, {share:.0%}"
+                row[optimizer] = f"{100 * (best / other - 1):+.2f} %, {share:.0%}"
         rows.append(row)
     return table(rows)
 
@@ -317,9 +325,9 @@ def report(tasks: dict[str, Late], losses: Losses, folder: Path) -> None:
         "# late_starters",
         f"{command_and_date('late_starters')}.",
         "How much higher the mean loss is than that of the published bound, each at "
-        "its own best learning rate; and the share of runs that train, at all learning "
-        f"rates. A run trains if its loss ends {BELOW} nats below the plateau, which "
-        "is the entropy of single tokens.",
+        "its own best learning rate, of the seeds that both have; and the share of "
+        "these runs that train, at all learning rates. A run trains if its loss ends "
+        f"{BELOW} nats below the plateau, which is the entropy of single tokens.",
         summary(tasks, found),
     ]
     for name, by_name in found.items():
@@ -336,9 +344,7 @@ def report(tasks: dict[str, Late], losses: Losses, folder: Path) -> None:
     draw(tasks, found, folder / "late_starters.png")
 
 
-def draw(
-    tasks: dict[str, Late], found: dict[str, dict[str, list[list[float]]]], path: Path
-) -> None:
+def draw(tasks: dict[str, Late], found: dict[str, Found], path: Path) -> None:
     """Draws the loss over the learning rate: median and range of the seeds."""
     columns = min(4, len(found))
     figure, axes = plt.subplots(
@@ -350,10 +356,10 @@ def draw(
     for axis, (name, by_name) in zip(axes.flat, found.items(), strict=False):
         for index, (optimizer, values) in enumerate(by_name.items()):
             axis.plot(
-                tasks[name].rates, [statistics.median(x) for x in values], marker=".",
-                color=f"C{index}", label=optimizer,
+                tasks[name].rates, [statistics.median(x.values()) for x in values],
+                marker=".", color=f"C{index}", label=optimizer,
             )  # fmt: skip
-            lowest, highest = ([f(x) for x in values] for f in (min, max))
+            lowest, highest = ([f(x.values()) for x in values] for f in (min, max))
             axis.fill_between(
                 tasks[name].rates, lowest, highest, color=f"C{index}", alpha=0.12
             )

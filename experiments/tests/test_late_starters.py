@@ -203,14 +203,23 @@ def test_later_seeds_train_the_best_warmup_alone(tmp_path):
     assert {seed for _, _, seed, _ in wanted} == {1}
     assert [x for _, x, _, _ in wanted if "linear" in x] == [linear[1]]
     by_optimizer = late_starters.by_optimizer("zero_head", late, losses)
-    assert by_optimizer[late_starters.TUNED] == [[2.0]] * 5
+    assert by_optimizer[late_starters.TUNED] == [{0: 2.0}] * 5
 
 
 def test_runs_that_train_are_counted_and_who_diverges_is_never_best():
     late = found("zero_head")
     low, high = late.plateau - 0.3, late.plateau - 0.2
     assert late_starters.trains(late, [low, high, math.nan]) == 1
-    assert late_starters.best_rate([[math.nan, 1.0], [3.0, 3.0], [2.0, 3.0]]) == 2
+    assert late_starters.best_rate([{0: math.nan}, {0: 3.0}, {0: 2.0, 1: 3.0}]) == 2
+
+
+def test_who_has_more_seeds_is_compared_by_those_that_both_have():
+    late = found("zero_head")
+    published = [{0: 2.0, 1: 2.0}] * 5
+    rule = [{0: 2.2, 1: 2.4, 2: 9.0}] * 5
+    both = {late_starters.PUBLISHED: published, late_starters.RULE: rule}
+    text = late_starters.summary({"zero_head": late}, {"zero_head": both})
+    assert text.splitlines()[-1] == "| zero_head | +0.00 %, 100% | +15.00 %, 100% |"
 
 
 @pytest.mark.usefixtures("quick_compilation")
