@@ -12,6 +12,7 @@ One seed of all tasks comes first, then the next. A command that was stopped goe
 
 import csv
 import dataclasses
+import datetime
 import functools
 import math
 import statistics
@@ -28,7 +29,7 @@ from jax.flatten_util import ravel_pytree
 from tqdm import tqdm
 
 from examples.common.options import check_counts, check_heads
-from examples.common.results import table
+from examples.common.results import machine, table, versions
 from experiments import contestants
 from experiments.command import command
 from experiments.compared_tasks import B2, HEADS
@@ -36,7 +37,7 @@ from experiments.contestants import Contestant, Creates, Schedule, at_rate, crea
 from experiments.late_tasks import TASKS, Late, Size
 from experiments.lazy_bounds import Sleeping, scale_by_lazy_adamod
 from experiments.other_bounds import B1, EPS
-from experiments.report import command_and_date, spread
+from experiments.report import PACKAGES, spread
 from experiments.together import batches_of, compiled_update
 from experiments.training import Task, check_settings, loss_and_rest
 
@@ -321,9 +322,11 @@ def report(tasks: dict[str, Late], losses: Losses, folder: Path) -> None:
     found = {name: x for name, x in found.items() if x}
     if not found:
         return
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    used = ", ".join(f"{key} {value}" for key, value in versions(PACKAGES).items())
     parts = [
         "# late_starters",
-        f"{command_and_date('late_starters')}.",
+        f"`python -m experiments.late_starters`, {today}; {machine()}; {used}.",
         "How much higher the mean loss is than that of the published bound, each at "
         "its own best learning rate, of the seeds that both have; and the share of "
         "these runs that train, at all learning rates. A run trains if its loss ends "
