@@ -78,24 +78,23 @@ def adamod(
     AdaMod rounds averages in bfloat16 and in 8 bits stochastically. Rounded to nearest,
     they would stop at a fraction of their value, where a step is less than half their
     spacing. The random bits are a hash of step, leaf and coordinate, the same on every
-    sharding and after a restart. Inside ``shard_map`` and ``pmap`` the coordinates are
-    numbered within a shard, and inside ``vmap`` within a member, so all shards and
-    members round by the same bits.
+    sharding and after a restart. Shards inside ``shard_map`` and members inside
+    ``vmap`` have bits of their own, and replicas have the same.
 
     An average in 8 bits, ``'float8'``, is an :class:`optax_adamod.Float8Array`: codes
     of which 128 neighbours of the last dimension share an exponent. Parameters whose
-    last dimension is no multiple of 128 keep the average in float32. Keep shards of the
-    last dimension multiples of 128 too, or the update communicates (under explicit mesh
-    axes ``init`` refuses such shards). Final losses
-    of a Post-LN Transformer, mean and range of 3 seeds (``python -m
-    experiments.low_precision --task text``):
+    last dimension is no multiple of 128 keep the average in float32, and so do vectors
+    of fewer than 65,536 numbers. Keep shards of the last dimension multiples of 128
+    too, or the update communicates (under explicit mesh axes ``init`` refuses such
+    shards). Final losses of a Post-LN Transformer, mean and range of 3 seeds (``python
+    -m experiments.low_precision --task text``):
 
     ==================================  =================  ======================
     averages                            bytes/parameter    final loss, nats
     ==================================  =================  ======================
     float32                             12                 1.625 (1.614 to 1.636)
     bfloat16                            6                  1.627 (1.621 to 1.631)
-    8 bits                              3.02               1.624 (1.609 to 1.640)
+    8 bits                              3.02               1.630 (1.614 to 1.642)
     ==================================  =================  ======================
 
     Args:

@@ -11,10 +11,9 @@ import numpy as np
 from optax_adamod._float8 import (
     GROUP,
     Float8Array,
-    groups,
+    exponents_shape,
     is_float8,
-    is_grouped,
-    shard_shape,
+    is_narrowed,
 )
 
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
@@ -139,15 +138,26 @@ def parameters(params: Any, **dtypes: Any) -> None:
                 "mu_dtype=None for such parameters, by optax.partition; nu_dtype and "
                 "bound_dtype may be 'float8'."
             )
-        if "float8" in dtypes.values() and is_grouped(shape := jnp.shape(leaf)):
+        if "float8" in dtypes.values() and is_narrowed(shape := jnp.shape(leaf)):
             # Known of explicit mesh axes; under Auto the compiler splits groups.
-            columns = shard_shape(leaf)[-1]
+            columns = _shard_shape(leaf)[-1]
             if columns % GROUP:
                 raise ValueError(
                     f"{name} has shape {shape} in shards of {columns} columns, and "
                     f"averages in 'float8' have an exponent for each {GROUP}. Shard "
                     f"the last dimension by multiples of {GROUP}, or another one."
                 )
+
+
+def _shard_shape(x: Any) -> tuple[int, ...]:
+    """Returns the shape of a shard, as far as explicit mesh axes split the array."""
+    sharding = jax.typeof(x).sharding
+    shape = list(jnp.shape(x))
+    for dimension, axes in enumerate(sharding.spec):
+        if axes is not None:
+            axes = (axes,) if isinstance(axes, str) else axes
+            shape[dimension] //= math.prod(sharding.mesh.shape[x] for x in axes)
+    return tuple(shape)
 
 
 def no_float16(params: Any) -> None:
@@ -245,11 +255,11 @@ def _shape_of_average(name: str, average: Any) -> tuple[int, ...]:
                     f"integers, got {_brief(array)}. Both parts of a Float8Array "
                     "belong together: restore them with a template, tx.init(params)."
                 )
-        if exponents.shape != groups(codes.shape):
+        if exponents.shape != exponents_shape(codes.shape):
             raise ValueError(
                 f"the state's {name} has codes of shape {codes.shape}, which take "
-                f"exponents of shape {groups(codes.shape)}, and its exponents have "
-                f"shape {exponents.shape}."
+                f"exponents of shape {exponents_shape(codes.shape)}, and its exponents "
+                f"have shape {exponents.shape}."
             )
         return codes.shape
     if not jnp.issubdtype(jnp.result_type(average), jnp.inexact):

@@ -289,7 +289,7 @@ def _differ(given: Any, kept: Any) -> bool:
 @jax.jit
 def _leaf_rates(eta, nu, bound):
     stored = _storage.Averages(None, nu, bound)
-    _, v, s = stored.load(stored.packed, [eta.numerator.dtype] * 3)
+    _, v, s = stored.load([eta.numerator.dtype] * 3)
     adaptive = jnp.where(v > 0, eta(v), jnp.nan)
     if s is None:
         return adaptive, adaptive

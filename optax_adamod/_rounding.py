@@ -4,13 +4,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optax_adamod import _checks, _storage
-
-# Of the hash, so that parameters and averages of one leaf round by bits of their own.
-_LEAVES = 2**20
+from optax_adamod._storage import Seed
 
 
 class RoundUpdatesStochasticallyState(NamedTuple):
@@ -27,15 +24,17 @@ def round_updates_stochastically() -> optax.GradientTransformationExtraArgs:
     significant bits, and :func:`optax.apply_updates` rounds the sum of a parameter and
     its update to the nearest. It loses every update of less than half the spacing. For
     a bfloat16 parameter :math:`\theta` and an update :math:`u` this transformation
-    returns the float32 update
+    returns the bfloat16 update
 
     .. math::
 
       u' = \operatorname{round}(\theta + u) - \theta,
 
-    in which the sum is rounded up or down at random, in proportion to the distances. So
-    :func:`optax.apply_updates` gets a sum that bfloat16 holds, and parameters follow
-    their updates in the mean. The random bits are a hash of step, leaf and coordinate,
+    in which the sum is rounded up or down at random, in proportion to the distances.
+    bfloat16 holds this difference where the sum is within a factor of two of the
+    parameter. There :func:`optax.apply_updates` gets that very sum, and parameters
+    follow their updates in the mean. Larger updates are rounded, by at most 2**-8 of
+    themselves. The random bits are a hash of step, leaf and coordinate,
     as those of AdaMod's averages. Updates of float32, float64 and complex parameters
     stay as they are.
 
@@ -81,12 +80,13 @@ def round_updates_stochastically() -> optax.GradientTransformationExtraArgs:
             )
         _checks.no_float16(params)
         count = optax.safe_increment(state.count)
-        leaves, treedef = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
+        words = Seed.of_step(count)
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(
+            updates, is_leaf=lambda x: x is None
+        )
         rounded = [
-            _rounded(u, p, count, index)
-            for index, (u, p) in enumerate(
-                zip(leaves, treedef.flatten_up_to(params), strict=True)
-            )
+            _rounded(u, p, words, path)
+            for (path, u), p in zip(leaves, treedef.flatten_up_to(params), strict=True)
         ]
         state = RoundUpdatesStochasticallyState(count=count)
         return treedef.unflatten(rounded), state
@@ -94,19 +94,20 @@ def round_updates_stochastically() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _rounded(u, p, count, index):
+def _rounded(u, p, words, path):
     if u is None or jnp.result_type(p) != jnp.bfloat16:
         return u
-    return _round_sum(u, p, count, np.uint32(_LEAVES + index))
+    # Salted, so that parameters and averages of one leaf round by bits of their own.
+    return _round_sum(u, p, (words, Seed.of_leaf(path, "params")))
 
 
 @jax.jit
-def _round_sum(u, p, count, leaf):
+def _round_sum(u, p, seed):
     """Returns the update after which the sum with ``p`` is rounded stochastically."""
-    sharding = jax.typeof(p).sharding
-    bits, _, _ = _storage.random_bits(jnp.shape(p), count, leaf, sharding=sharding)
-    wide = p.astype(jnp.float32)
-    rounded = _storage.stochastic_round(
-        wide + u.astype(jnp.float32), bits >> (_storage.RANDOM_BITS - 16)
+    seed = Seed.of(*seed, u, p)
+    bits, _, _ = _storage.random_bits(
+        jnp.shape(p), seed, 16, sharding=jax.typeof(p).sharding
     )
-    return rounded.astype(jnp.float32) - wide
+    wide = p.astype(jnp.float32)
+    rounded = _storage.stochastic_round(wide + u.astype(jnp.float32), bits)
+    return (rounded.astype(jnp.float32) - wide).astype(p.dtype)

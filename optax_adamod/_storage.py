@@ -1,4 +1,4 @@
-"""How averages are stored and loaded.
+"""How averages are stored and loaded, in each dtype.
 
 Averages in float32 and float64 are stored as they are. ``mu`` may be float16, rounded
 to nearest and clipped to its largest number. Averages in bfloat16 and in 8 bits are
@@ -11,126 +11,120 @@ are a hash, so the state holds no key.
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_adamod import _float8
 from optax_adamod._float8 import Float8Array
-
-RANDOM_BITS = 20  # of each set: what a float32 has and a code of 8 bits lacks
 
 Stored = jax.Array | Float8Array
 
 
 class Averages(NamedTuple):
-    """The averages of one leaf as they are stored: of 8 bits, 16 or more."""
+    """The averages of one leaf as they are stored."""
 
     mu: Any
     nu: Any
     bound: Any  # None if there is none
 
     @property
-    def packed(self) -> jax.Array | None:
-        """The exponents of those in 8 bits, in one array."""
-        arrays = [x for x in self if isinstance(x, Float8Array)]
-        if not arrays:
-            return None
-        # Without the barrier XLA reads them again where they are needed, by when a
-        # donated state has the new ones, so it copies the old.
-        return jax.lax.optimization_barrier(_float8.pack(arrays))
+    def are_float8(self) -> bool:
+        """Whether all are in 8 bits."""
+        return all(isinstance(x, Float8Array) for x in self if x is not None)
 
-    def load(
-        self, packed: jax.Array | None, dtypes: Sequence[np.dtype]
-    ) -> tuple[Any, ...]:
+    def load(self, dtypes: Sequence[np.dtype]) -> tuple[Any, ...]:
         """Returns the numbers, in the dtypes."""
-        arrays = [x for x in self if isinstance(x, Float8Array)]
-        decoded = iter([] if packed is None else _float8.decode(arrays, packed))
-        numbers = (next(decoded) if isinstance(x, Float8Array) else x for x in self)
         return tuple(
-            x if x is None else x.astype(dtype)
-            for x, dtype in zip(numbers, dtypes, strict=True)
+            None if x is None else _load(x).astype(dtype)
+            for x, dtype in zip(self, dtypes, strict=True)
         )
 
-    def exponents(self, numbers: Sequence[Any]) -> tuple[Any, ...]:
-        """Returns the shared exponents of new numbers, None where there are none."""
-        narrow = [isinstance(old, Float8Array) for old in self]
-        codes = [old.codes.dtype for old in itertools.compress(self, narrow)]
-        found = _float8.exponents(list(itertools.compress(numbers, narrow)), codes)
-        shared = iter(found)
-        return tuple(next(shared) if x else None for x in narrow)
-
     def store(
-        self,
-        numbers: Sequence[Any],
-        exponents: Sequence[Any],
-        place: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike],
-    ) -> Iterator[tuple[Any, Any]]:
-        """Stores new numbers as the old were; loads them again.
+        self, averages: Callable[[jax.Array], Sequence[Any]], g: jax.Array, seed: "Seed"
+    ) -> tuple["Averages", tuple[Any, ...]]:
+        """Stores new averages as the old were; returns what is loaded from that too.
 
         Args:
-          numbers: The averages of the gradients, their squares and the rates.
-          exponents: Their exponents.
-          place: The step and the leaf, from which random bits for rounding follow.
-
-        Yields:
-          Each average as it is stored, and the numbers that are loaded from that.
+          averages: Returns the new numbers, of the gradients.
+          g: The gradients.
+          seed: From which random bits for rounding follow.
         """
+        narrow = [isinstance(x, Float8Array) for x in self]
+        shared: tuple[Any, ...] = None, None, None
+        if any(narrow):
+            # A group's largest number determines its codes. The barriers have XLA
+            # compute the averages twice, instead of writing them to memory between the
+            # two; without them an update of a matrix takes 1.6 times as long on CPU
+            # (python -m benchmarks.step_time).
+            first = averages(jax.lax.optimization_barrier(g))
+            shared = jax.lax.optimization_barrier(self._shared_exponents(first))
+        numbers = averages(g)
         bits: tuple[Any, ...] = None, None, None
         if any(map(_is_rounded, self)):
             x = jax.typeof(numbers[0])
-            bits = random_bits(x.shape, *place, sharding=x.sharding)
-        stored: list[tuple[Any, Any]] = [
-            (None, None) if x is None else _store(x, old, *how)
-            for x, old, *how in zip(numbers, self, exponents, bits, strict=True)
+            many = 20 if any(narrow) else 16
+            bits = random_bits(x.shape, seed, many, sharding=x.sharding)
+        stored = Averages(
+            *(
+                old if old is None else _store(x, old, e, b)
+                for x, old, e, b in zip(numbers, self, shared, bits, strict=True)
+            )
+        )
+        if any(narrow):  # the update reads the codes, and nothing is encoded for it
+            stored = jax.lax.optimization_barrier(stored)
+        loaded = tuple(
+            x if x is None else as_identity(x, _load(new).astype(x.dtype))
+            for x, new in zip(numbers, stored, strict=True)
+        )
+        return stored, loaded
+
+    def _shared_exponents(self, numbers: Sequence[Any]) -> tuple[Any, ...]:
+        """Returns the exponents of new numbers in 8 bits, None for the others."""
+        narrow = [isinstance(old, Float8Array) for old in self]
+        grouped = [
+            _float8.magnitudes(_float8.grouped(x.astype(jnp.float32)))
+            for x in itertools.compress(numbers, narrow)
         ]
-        narrow = [isinstance(new, Float8Array) for new, _ in stored]
-        written = iter(_written(list(itertools.compress(stored, narrow))))
-        for x, pair, is_narrow in zip(numbers, stored, narrow, strict=True):
-            if is_narrow:
-                new, rounded = next(written)
-                yield new, _as_identity(x, rounded.astype(x.dtype))
-            else:
-                yield pair
+        # One reduction, for XLA does not fuse several.
+        largest = jax.lax.reduce(
+            grouped,
+            [np.int32(0)] * len(grouped),
+            lambda a, b: [*map(jnp.maximum, a, b)],
+            (grouped[0].ndim - 1,),
+        )
+        found = iter(largest)
+        return tuple(
+            _float8.shared_exponents(next(found)[..., None], old.signed) if x else None
+            for old, x in zip(self, narrow, strict=True)
+        )
 
 
-def _store(
-    x: jax.Array, old: Stored, exponents: Any, bits: Any
-) -> tuple[Stored, jax.Array]:
+def _load(stored: Stored) -> jax.Array:
+    return _float8.numbers(stored) if isinstance(stored, Float8Array) else stored
+
+
+def _store(x: jax.Array, old: Stored, shared: Any, bits: Any) -> Stored:
     if isinstance(old, Float8Array):
-        return _float8.encode(x, exponents, old.codes.dtype, bits)
+        members = _float8.grouped(x.astype(jnp.float32))
+        random = _float8.grouped(bits.astype(jnp.int32))
+        codes = _float8.encode(members, shared, random, old.signed)
+        return _float8.from_groups(codes, shared, old.signed)
     if old.dtype == jnp.bfloat16:
-        new = stochastic_round(x, bits >> (RANDOM_BITS - 16))
-    elif old.dtype == jnp.float16:  # whose largest number is 65504
+        rounded = stochastic_round(x, bits & _u32(0xFFFF))
+        # True but for NaN, which stays so. Keep this `where` last: it stops XLA on CPU
+        # (JAX 0.12) from computing the rounding twice, and from copying.
+        return jnp.where(x == x, rounded, jnp.bfloat16(jnp.nan))
+    if old.dtype == jnp.float16:  # whose largest number is 65504
         largest = jnp.finfo(jnp.float16).max.astype(x.dtype)
-        new = jnp.where(jnp.isfinite(x), jnp.clip(x, -largest, largest), x)
-        new = new.astype(jnp.float16)
-    else:
-        new = x.astype(old.dtype)
-    return new, new.astype(x.dtype)
-
-
-def _written(
-    stored: list[tuple[Float8Array, jax.Array]],
-) -> list[tuple[Float8Array, jax.Array]]:
-    """Returns the same; on TPUs the numbers are read from the codes once these exist.
-
-    XLA updates parameters in a kernel of their own there. If that reads the old codes,
-    the new ones do not take their memory: they are written elsewhere and copied.
-    """
-
-    def read_again(stored: Any) -> Any:
-        arrays = jax.lax.optimization_barrier([new for new, _ in stored])
-        decoded = _float8.decode(arrays, _float8.pack(arrays))
-        return list(zip(arrays, decoded, strict=True))
-
-    if not stored:
-        return []
-    return jax.lax.platform_dependent(stored, tpu=read_again, default=lambda x: x)
+        x = jnp.where(jnp.isfinite(x), jnp.clip(x, -largest, largest), x)
+    return x.astype(old.dtype)
 
 
 def _is_rounded(stored: Stored | None) -> bool:
@@ -140,56 +134,172 @@ def _is_rounded(stored: Stored | None) -> bool:
 
 
 @jax.custom_jvp
-def _as_identity(x: jax.Array, rounded: jax.Array) -> jax.Array:
+def as_identity(x: jax.Array, rounded: jax.Array) -> jax.Array:
     """Returns ``rounded``, whose derivative is that of ``x``."""
     del x
     return rounded
 
 
-@_as_identity.defjvp
+@as_identity.defjvp
 def _as_identity_jvp(primals, tangents):
-    return _as_identity(*primals), tangents[0]
+    return as_identity(*primals), tangents[0]
+
+
+def zeros_like(
+    param: Any, dtype: np.dtype | Literal["float8"], *, signed: bool
+) -> Stored:
+    """Returns zeros in the shards of ``param``, and in its kind of memory."""
+    shape = jnp.shape(param)
+    if dtype != "float8":
+        return _zeros(param, dtype, shape)
+    if not _float8.is_narrowed(shape):
+        return _zeros(param, np.dtype(np.float32), shape)
+    codes = _zeros(param, _float8.code_dtype(signed), shape)
+    shape = _float8.exponents_shape(shape)
+    return Float8Array(codes, _zeros(param, np.dtype(np.uint8), shape))
+
+
+def _zeros(param: Any, dtype: np.dtype, shape: tuple[int, ...]) -> jax.Array:
+    if isinstance(param, jax.Array) and not isinstance(param, jax.core.Tracer):
+        sharding = _sharding_for(shape, param.sharding)
+        default = next(iter(sharding.device_set)).default_memory().kind
+        if sharding.memory_kind not in (None, default):
+            # Shard by shard: no program of the device's writes to another memory.
+            zeros = np.broadcast_to(np.zeros((), dtype), shape)
+            return jax.make_array_from_callback(
+                shape, sharding, lambda index: zeros[index]
+            )
+        if isinstance(sharding, NamedSharding) and sharding.num_devices > 1:
+            # Outside jit, jnp.zeros_like makes all of them on one device, and copies.
+            zeros = jax.jit(
+                functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding
+            )
+            return zeros()
+    if shape == jnp.shape(param):
+        return jnp.zeros_like(param, dtype=dtype)
+    if isinstance(param, jax.core.Tracer):
+        # Of the parameter, so that shards and varying axes are those of its type.
+        return jnp.zeros_like(_float8.grouped(param)[..., 0], dtype=dtype)
+    return jnp.zeros(shape, dtype)
+
+
+def _sharding_for(shape: tuple[int, ...], sharding: Any) -> Any:
+    """Returns a parameter's sharding for an array of its shape, or of its groups'.
+
+    Where the last dimension has fewer groups than shards, or they do not divide it, the
+    exponents are replicated along it.
+    """
+    try:
+        sharding.shard_shape(shape)
+    except ValueError:
+        if not isinstance(sharding, NamedSharding):
+            raise
+        return sharding.update(spec=PartitionSpec(*sharding.spec[: len(shape) - 1]))
+    return sharding
+
+
+class Seed(NamedTuple):
+    """What the random bits of one leaf at one step are a hash of, in uint32."""
+
+    step: tuple[jax.Array, jax.Array]  # two words, the same for all leaves
+    leaf: jax.Array  # shape=()
+
+    @staticmethod
+    def of_step(count: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
+        """Returns the words of a step."""
+        word = jax.lax.bitcast_convert_type(jnp.asarray(count, jnp.int32), jnp.uint32)
+        first = mix(mix(word))
+        return first, mix(first + _u32(0x85EBCA6B))
+
+    @staticmethod
+    def of_leaf(path: Any, salt: str = "") -> np.uint32:
+        """Returns the word of a leaf: of its path, whatever else the tree holds."""
+        return np.uint32(zlib.crc32((salt + jax.tree_util.keystr(path)).encode()))
+
+    @classmethod
+    def of(cls, step: Any, leaf: jax.typing.ArrayLike, *arrays: Any) -> "Seed":
+        """Returns the seed of a leaf that consists of these arrays.
+
+        Shards inside shard_map, and members inside vmap, have bits of their own, and
+        replicas have the same.
+        """
+        parts: list[Any] = jax.tree.leaves(arrays)
+        # The barrier keeps the leaf from being a constant of the kernel, so all leaves
+        # of one shape have the same kernel, compiled once.
+        leaf = jax.lax.optimization_barrier(jnp.asarray(leaf, jnp.uint32))
+        varying = {axis for x in parts for axis in varying_axes(x)}
+        for axis in sorted(varying, key=str):
+            index = jax.lax.axis_index(axis).astype(jnp.uint32)
+            leaf = mix(leaf + (index + 1) * _u32(0x9E3779B9))
+        return cls(step, _of_member(leaf, *map(jax.lax.stop_gradient, parts)))
+
+
+def varying_axes(x: jax.Array) -> frozenset[Any]:
+    """Returns the mesh axes along which shard_map has other values of ``x``."""
+    kind: Any = jax.typeof(x)
+    # From JAX 0.10 on a field of the former name is gone.
+    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+
+
+@jax.custom_batching.custom_vmap
+def _of_member(leaf: jax.Array, *arrays: jax.Array) -> jax.Array:
+    """Returns the word of a leaf; inside vmap a word of its own for each member."""
+    del arrays
+    return leaf
+
+
+@_of_member.def_vmap
+def _of_member_vmap(axis_size, in_batched, leaf, *arrays):
+    if not in_batched[0]:
+        leaf = leaf[None]
+    members = jax.lax.iota(jnp.uint32, axis_size) + 1
+    members = members.reshape(-1, *[1] * (leaf.ndim - 1))
+    words = mix(leaf + members * _u32(0x9E3779B9))
+    return _of_member(words, *arrays), True  # which an outer vmap batches again
 
 
 def random_bits(
     shape: tuple[int, ...],
-    count: jax.typing.ArrayLike,
-    leaf: jax.typing.ArrayLike,
+    seed: Seed,
+    many: Literal[16, 20],
     *,
     sharding: NamedSharding | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Three independent sets of 20 random bits for each coordinate of a leaf.
+    """Three independent sets of random bits for each coordinate of a leaf.
 
     They are a hash of the step, the leaf and the coordinate, so they are the same in
     every run, on every sharding and after a restart, and need no storage.
 
     Args:
       shape: Shape of the leaf.
-      count: The step, a scalar.
-      leaf: Index of the leaf among those of the tree.
+      seed: The step and the leaf.
+      many: How many bits a set has: what a float32 has more than bfloat16, or a code
+        of 8 bits.
       sharding: Sharding of the leaf's type. Under explicit mesh axes, what has no
         sharding is computed whole by every device.
 
     Returns:
-      Three uint32 arrays of the given shape, below 2**20.
+      Three uint32 arrays of the given shape, below ``2**many``.
     """
-    row, column = _row_and_column(shape, sharding)
-    # Every operation depends on row and column together. If one depended on the row
-    # alone or on the column alone, XLA would give it a kernel of its own. The step is
-    # mixed by itself and enters before the first mix. Otherwise coordinates of one
-    # row ^ column would take turns with the same bits.
-    step = jax.lax.bitcast_convert_type(jnp.asarray(count, jnp.int32), jnp.uint32)
-    step = _mix(step)
-    # The barrier keeps the leaf's index from being a constant of the kernel, so all
-    # leaves of one shape have the same kernel, compiled once.
-    seed = jax.lax.optimization_barrier(
-        jnp.asarray(leaf, jnp.uint32) * _u32(0x9E3779B9)
+    return sets_of_bits(*_row_and_column(shape, sharding), seed, many)
+
+
+def sets_of_bits(
+    row: jax.Array, column: jax.Array, seed: Seed, many: Literal[16, 20]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the random bits of coordinates, given as uint32; see random_bits."""
+    # Every operation depends on row and column together. If one depended on either
+    # alone, XLA would give it a kernel of its own, and fuse the leaves that share it.
+    place = (row + column) * _u32(0x9E3779B9) ^ column
+    first = mix((place ^ seed.leaf) + seed.step[0])
+    second = mix((first ^ row) + seed.step[1])
+    if many == 16:  # so that mu and bound take one word
+        return first >> 16, second >> 16, first & _u32(0xFFFF)
+    return (
+        first >> 12,
+        (first << 8 | second >> 24) & _u32(0xFFFFF),
+        second & _u32(0xFFFFF),
     )
-    word = _mix((row ^ column ^ seed) + step)
-    word = _mix(word ^ row)
-    other = _mix(word ^ _u32(0x85EBCA6B))
-    lower = (word & _u32(0xFFF)) << 8 | other >> 24
-    return lower, other & _u32(0xFFFFF), word >> 12
 
 
 @jax.custom_jvp
@@ -201,13 +311,10 @@ def stochastic_round(x: jax.Array, bits: jax.Array) -> jax.Array:
     is that of the identity.
     """
     word = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    sign, magnitude = word & _u32(0x80000000), word & _u32(0x7FFFFFFF)
-    largest, infinity = _u32(0x7F7FFFFF), _u32(0x7F800000)
-    upper = (sign | jnp.minimum(magnitude + bits, largest)) >> 16
-    rounded = jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
-    # Keep this `where` last: it stops XLA on CPU (JAX 0.12) from computing the rounding
-    # twice, and from copying.
-    return jnp.where(magnitude < infinity, rounded, x.astype(jnp.bfloat16))
+    # From the last finite number on nothing is added: not to infinity, nor to NaN.
+    below = (word & _u32(0x7FFFFFFF)) < _u32(0x7F7F0000)
+    upper = (word + jnp.where(below, bits, 0)) >> 16
+    return jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
 
 
 @stochastic_round.defjvp
@@ -220,8 +327,9 @@ def _row_and_column(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns two 32-bit indices that together identify a coordinate of an array."""
     *rows, columns = shape or (1,)
-    index = functools.partial(_linear_index, shape, sharding)
-    if max(math.prod(rows), columns) <= 2**32:
+    index = functools.partial(linear_index, shape, sharding)
+    sizes = [x for x in (math.prod(rows), columns) if isinstance(x, int)]
+    if all(x <= 2**32 for x in sizes):  # and symbols of jax.export
         row = index(range(len(rows)), jnp.uint32)
         return row, index(range(len(rows), len(shape)), jnp.uint32)
     with jax.enable_x64(True):
@@ -229,7 +337,7 @@ def _row_and_column(
         return (wide >> 32).astype(jnp.uint32), wide.astype(jnp.uint32)
 
 
-def _linear_index(
+def linear_index(
     shape: tuple[int, ...],
     sharding: NamedSharding | None,
     dimensions: range,
@@ -244,7 +352,7 @@ def _linear_index(
     return index
 
 
-def _mix(x: jax.Array) -> jax.Array:
+def mix(x: Any) -> jax.Array:
     """Permutes 32-bit words so that every bit depends on every other.
 
     The constants are lowbias32's, https://nullprogram.com/blog/2018/07/31/.

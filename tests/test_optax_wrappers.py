@@ -22,7 +22,7 @@ DTYPES = {
     "float8": 0.15,
 }
 PARAMS, TARGET = (
-    {"w": np.random.default_rng(seed).normal(size=(128, 128)).astype(np.float32)}
+    {"w": np.random.default_rng(seed).normal(size=(256, 256)).astype(np.float32)}
     for seed in (0, 1)
 )
 

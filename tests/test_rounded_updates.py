@@ -59,14 +59,53 @@ def test_the_sum_is_a_bfloat16():
     u = 0.1 * jax.random.normal(jax.random.key(1), (64, 64))
     tx = round_updates_stochastically()
     updates, _ = jax.jit(tx.update)(u, tx.init(params), params)
+    assert updates.dtype == jnp.bfloat16
+    applied = optax.apply_updates(params, updates).astype(jnp.float32)
     wide = params.astype(jnp.float32)
-    total = wide + updates
-    chex.assert_trees_all_equal(total, total.astype(jnp.bfloat16).astype(jnp.float32))
     np.testing.assert_array_less(
-        np.abs(total - wide - u), 2.0**-7 * np.abs(wide + u) + 1e-6
+        np.abs(applied - wide - u), 2.0**-7 * np.abs(wide + u) + 2.0**-8 * np.abs(u)
     )
-    applied = optax.apply_updates(params, updates)
-    chex.assert_trees_all_equal(applied.astype(jnp.float32), total)
+
+
+@pytest.mark.parametrize("exponent", range(-6, 4))
+def test_sums_are_unbiased_whatever_the_magnitude(exponent):
+    """Of updates from 1e-6 to 1e3 of the parameter; 65,536 coordinates each.
+
+    Where the sum is not within a factor of two of the parameter, the update is rounded
+    itself, by 2**-8 at most.
+    """
+    tx = round_updates_stochastically()
+    for p in (1.0, 1.4921875, -0.8125):
+        params = jnp.full((256, 256), p, jnp.bfloat16)
+        for u in (1.37 * 10.0**exponent, -0.71 * 10.0**exponent):
+            updates, _ = tx.update(jnp.full(params.shape, u), tx.init(params), params)
+            new = np.asarray(optax.apply_updates(params, updates), np.float64)
+            # Half the spacing of the larger of the sum and the parameter.
+            spread = 2.0**-8 * max(abs(p + u), abs(p)) / np.sqrt(params.size)
+            near = 0.5 <= (p + u) / p <= 2
+            rounded = 0 if near else 2.0**-8 * abs(u)
+            assert abs(new.mean() - (p + u)) < 4 * spread + rounded
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx: optax.apply_if_finite(tx, 3),
+        lambda tx: optax.conditionally_transform(tx, lambda step: step % 2 == 0),
+        lambda tx: optax.conditionally_mask(tx, lambda step: step % 2 == 0),
+    ],
+    ids=["apply_if_finite", "conditionally_transform", "conditionally_mask"],
+)
+def test_bfloat16_weights_inside_conditionals_and_strict_promotion(wrap):
+    tx = wrap(optax.chain(adamod(0.1, b3=0.5), round_updates_stochastically()))
+    params = jnp.ones((4, 128), jnp.bfloat16)
+    state = tx.init(params)
+    with jax.numpy_dtype_promotion("strict"):
+        for _ in range(2):
+            updates, state = jax.jit(tx.update)(params, state, params)
+            assert updates.dtype == jnp.bfloat16
+            params = optax.apply_updates(params, updates)
+    assert np.all(params != 1)
 
 
 def test_sharded_sums_are_those_of_one_device():

@@ -22,6 +22,12 @@ def float32(words):
     return jax.lax.bitcast_convert_type(jnp.asarray(words, jnp.uint32), jnp.float32)
 
 
+def random_bits(shape, count, leaf, many=16):
+    path = (jax.tree_util.DictKey(leaf),)
+    seed = _storage.Seed.of(_storage.Seed.of_step(count), _storage.Seed.of_leaf(path))
+    return _storage.random_bits(shape, seed, many)
+
+
 def all_bits():
     """Every one of the 2**16 values that 16 random bits can take."""
     return jnp.arange(2**16, dtype=jnp.uint32)
@@ -48,7 +54,7 @@ def test_mean_error_is_zero(which):
     def count(lower):
         x = jnp.broadcast_to(float32(0x3F800000 | lower)[:, None], (values, samples))
         # Chance puts 1 mean in 16,000 outside; at this step, none of these.
-        bits = _storage.random_bits((values, samples), 5, 0)[which] >> 4
+        bits = random_bits((values, samples), 5, 0)[which]
         rounded = _storage.stochastic_round(x, bits)
         up = rounded == 1 + 2.0**-7
         return up.sum(axis=1), jnp.all(up | (rounded == 1))
@@ -74,14 +80,14 @@ PARTNERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def fields():
+@pytest.fixture(scope="module", params=[16, 20], ids=["bfloat16", "8 bits"])
+def fields(request):
     """Standardised bits of 2 leaves, 4 steps up to 64 apart and 3 averages."""
-    steps, leaves = (1, 2, 9, 65), (0, 1)
-    bits = jax.jit(lambda count, leaf: _storage.random_bits(SHAPE, count, leaf))
-    words = [bits(count, leaf) for count, leaf in itertools.product(steps, leaves)]
+    steps, leaves, many = (1, 2, 9, 65), (0, 1), request.param
+    bits = jax.jit(random_bits, static_argnums=(0, 2, 3))
+    words = [bits(SHAPE, *x, many) for x in itertools.product(steps, leaves)]
     uniform = np.concatenate(jax.device_get(words)).astype(np.float32)
-    return (uniform - (2**20 - 1) / 2) / (2**20 / np.sqrt(12))
+    return (uniform - (2**many - 1) / 2) / (2**many / np.sqrt(12))
 
 
 @pytest.mark.parametrize("partners", PARTNERS)
@@ -112,10 +118,11 @@ def test_bits_are_independent(fields, partners):
 def test_bits_are_uniform(fields):
     n = fields[0].size
     assert np.abs(fields.mean(axis=(1, 2))).max() < 4 / np.sqrt(n)
-    words = _storage.random_bits(SHAPE, 1, 0)
-    for bit in range(20):
-        for word in words:
-            assert abs(np.mean(np.asarray(word) >> bit & 1) - 0.5) < 2 / np.sqrt(n)
+    for many in (16, 20):
+        for word in random_bits(SHAPE, 1, 0, many):
+            assert np.max(word) < 2**many
+            for bit in range(many):
+                assert abs(np.mean(np.asarray(word) >> bit & 1) - 0.5) < 2 / np.sqrt(n)
 
 
 def test_the_mean_of_a_leaf_is_as_quiet_as_that_of_independent_coordinates():
@@ -124,7 +131,7 @@ def test_the_mean_of_a_leaf_is_as_quiet_as_that_of_independent_coordinates():
 
     def body(noise, count):
         # What rounding adds to an average, in units of the spacing.
-        up = _storage.random_bits(shape, count, 0)[2].astype(jnp.float32) / 2**20
+        up = random_bits(shape, count, 0)[2].astype(jnp.float32) / 2**16
         noise = decay * noise + (up - 0.5)
         return noise, noise.mean()
 
@@ -174,7 +181,7 @@ def test_special_values_keep_their_meaning():
         words = jax.lax.bitcast_convert_type(rounded, jnp.uint16)
         expected = jax.lax.bitcast_convert_type(jnp.bfloat16(x), jnp.uint16)
         assert np.all(words == expected)
-    for word in (0x7F800001, 0x7FFFFFFF, 0xFF800001, 0xFFFFFFFF):
+    for word in (0x7FC00000, 0x7FFFFFFF, 0xFFC00000, 0xFFFFFFFF):  # what sums return
         x = jnp.broadcast_to(float32(word), (2**16,))
         assert np.all(jnp.isnan(_storage.stochastic_round(x, all_bits())))
     x = jnp.full(2**16, jnp.finfo(jnp.float32).max)
@@ -185,13 +192,13 @@ def test_special_values_keep_their_meaning():
 
 def test_bits_do_not_depend_on_how_they_are_computed():
     shape = (24, 40)
-    eager = _storage.random_bits(shape, 5, 2)
-    jitted = jax.jit(lambda count: _storage.random_bits(shape, count, 2))(5)
+    eager = random_bits(shape, 5, 2)
+    jitted = jax.jit(lambda count: random_bits(shape, count, 2))(5)
     chex.assert_trees_all_equal(jitted, eager)
     assert jax.device_count() == 8 or jax.default_backend() != "cpu"
     mesh = jax.make_mesh((jax.device_count(),), ("x",), axis_types=(AxisType.Auto,))
     sharded = jax.jit(
-        lambda count: _storage.random_bits(shape, count, 2),
+        lambda count: random_bits(shape, count, 2),
         out_shardings=NamedSharding(mesh, P("x")),
     )(5)
     chex.assert_trees_all_equal(sharded, eager)
@@ -214,7 +221,7 @@ def test_bits_of_huge_leaves_do_not_repeat(shape, windows):
         cut = tuple(map(slice, start, stops))
         # XLA computes the window alone: the whole would be gigabytes.
         compiled = (
-            jax.jit(lambda: _storage.random_bits(shape, 1, 0)[2][cut]).lower().compile()
+            jax.jit(lambda: random_bits(shape, 1, 0, 20)[2][cut]).lower().compile()
         )
         assert compiled.memory_analysis().temp_size_in_bytes < 2**20
         return np.asarray(compiled()).ravel()
@@ -232,7 +239,7 @@ def test_steps_are_no_shifts_of_each_other():
     shape, n = (shift + 1000,), 1000
 
     def window(count, start):
-        bits = jax.jit(lambda: _storage.random_bits(shape, count, 0)[2][start:][:n])
+        bits = jax.jit(lambda: random_bits(shape, count, 0, 20)[2][start:][:n])
         return np.asarray(bits())
 
     assert np.sum(window(1011, 0) == window(1000, shift)) <= 2
@@ -347,25 +354,62 @@ def test_sharded_updates_are_rounded_by_the_same_bits(trained, axis_type, spec):
     assert_equal_but_for_few_roundings(actual, expected)
 
 
-def test_shard_map_rounds_by_local_indices():
-    """Every shard is a leaf of its own, as under pmap: the same bits in each."""
+def agreement(codes):
+    """How often members of a stack of equal averages are rounded alike."""
+    members = np.asarray(codes, np.float64).reshape(len(codes), -1)
+    same = members[:, None] == members[None]
+    return same[~np.eye(len(members), dtype=bool)].mean()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8"])
+def test_shards_and_members_round_by_bits_of_their_own(dtype):
+    """And replicas by the same, though all have equal gradients."""
     devices = jax.device_count()
+    tx = scale_by_adamod(bound_dtype=dtype, b3=0.9)
+    g = jnp.linspace(0.1, 1, 256).reshape(1, 256)
+
+    def bound(g):
+        bound = tx.update(g, tx.init(g))[1].bound
+        return bound.codes if dtype == "float8" else bound
+
+    alone = bound(g)
+    members = jax.jit(jax.vmap(bound))(jnp.stack([g] * 8))
+    assert agreement(members) < 0.9
+    nested = jax.jit(jax.vmap(jax.vmap(bound)))(jnp.stack([jnp.stack([g] * 2)] * 4))
+    assert agreement(nested.reshape(8, -1)) < 0.9
     mesh = jax.make_mesh((devices,), ("x",), axis_types=(AxisType.Auto,))
-    tx = scale_by_adamod(**BFLOAT16)
-    gradients = jnp.tile(jnp.linspace(0.1, 1, 32), devices)
 
-    def one_step(g):
-        return tx.update(g, tx.init(g))[1].bound
+    def sharded(spec, g):
+        return jax.jit(jax.shard_map(bound, mesh=mesh, in_specs=spec, out_specs=spec))(
+            g
+        )
 
-    sharded = jax.jit(
-        jax.shard_map(one_step, mesh=mesh, in_specs=P("x"), out_specs=P("x"))
-    )(gradients)
-    local = one_step(gradients[:32])
-    expected = np.tile(local, (devices, 1))
-    sharded = jax.device_get(sharded).reshape(devices, 32)
-    assert_equal_but_for_few_roundings(sharded, expected)
-    mapped = jax.pmap(one_step)(gradients.reshape(devices, 32))
-    assert_equal_but_for_few_roundings(mapped, expected)
+    replicas = sharded(P(), g)
+    chex.assert_trees_all_close(*jax.device_get((replicas, alone)), rtol=0.2)
+    for copy in replicas.addressable_shards:
+        np.testing.assert_array_equal(copy.data, replicas)
+    shards = sharded(P("x"), jnp.tile(g, (devices, 1))).reshape(devices, -1)
+    if devices > 1:
+        assert agreement(shards) < 0.9
+
+
+def test_bits_of_a_leaf_do_not_depend_on_the_rest_of_the_tree():
+    """So groups of optax.partition round by bits of their own."""
+    g, tx = jnp.full(4096, 0.7), scale_by_adamod(bound_dtype="bfloat16")
+
+    def bounds(tree):
+        return tx.update(tree, tx.init(tree))[1].bound
+
+    both = bounds({"a": g, "b": g})
+    chex.assert_trees_all_equal(bounds({"b": g})["b"], both["b"])
+    assert agreement(jnp.stack([both["a"], both["b"]])) < 0.9
+    split = optax.partition({"one": tx, "two": tx}, {"a": "one", "b": "two"})
+    _, state = split.update({"a": g, "b": g}, split.init({"a": g, "b": g}))
+    apart = [
+        state.inner_states[label].inner_state.bound[name]
+        for label, name in (("one", "a"), ("two", "b"))
+    ]
+    assert agreement(jnp.stack(apart)) < 0.9
 
 
 def test_restart_gives_the_same_bits():
