@@ -52,6 +52,7 @@ LONG = {
     "python -m benchmarks.compiled*": "compiles for minutes; the part compiled",
     "python -m benchmarks.step_time*": TIMES,
     "python -m benchmarks.train_step*": TIMES,
+    "python -m benchmarks.whole_step*": "compiles for a minute; its test runs it small",
 }
 
 

@@ -50,12 +50,17 @@ def compiled_bytes(chip: Chip) -> dict[str, tuple[float, float]]:
         if title.startswith(chip.target) and f": {parameters:,} parameters" in title
     )
     held = 1e6 * chip.chips / parameters
+
+    def between(row: dict[str, Any]) -> float:
+        """Returns what a kernel of 8 bits writes, or leaves, for XLA to read."""
+        if row["optimizer"] != ADAMOD_FLOAT8:
+            return 0
+        # The new codes on a GPU, and the update in float32 on a TPU.
+        return row["state"] if chip.chips == 1 else 2 * 4
+
     return {
-        # In 8 bits a first pass reads the gradients and the state, for the exponents.
         row["optimizer"]: (
-            row["in"]
-            + row["out"]
-            + (4 + row["state"] if row["optimizer"] == ADAMOD_FLOAT8 else 0),
+            row["in"] + row["out"] + between(row),
             held * row["held, MB"],
         )
         for row in rows
