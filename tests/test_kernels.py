@@ -129,8 +129,8 @@ def test_sharded_codes_are_those_of_one_device(form, types, spec):
 
 @EIGHT
 @pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("how", ["shard_map", "vmap of shard_map"])
-def test_inside_shard_map(how, check_vma):
+@pytest.mark.parametrize("how", ["shard_map", "vmap of shard_map", "pmap"])
+def test_inside_shard_map_and_pmap(how, check_vma):
     """Each shard is a leaf, whose rows are numbered from 0."""
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     tx = scale_by_adamod(b3=0.9, **FLOAT8)
@@ -140,6 +140,8 @@ def test_inside_shard_map(how, check_vma):
 
     def run(form):
         with _kernels.forced(form):
+            if how == "pmap":  # of a function of its own, so that nothing is remembered
+                return jax.pmap(lambda g: one_step(g))(noise((8, 2, 256)))
             f = jax.shard_map(
                 one_step, mesh=mesh, in_specs=P("x"), out_specs=P("x"),
                 check_vma=check_vma,
