@@ -64,7 +64,7 @@ def update(
     native = dict(gpu="cuda", tpu="tpu")
     kernels = dict(gpu=on_gpu, tpu=_mosaic.update)
     for name in ("gpu", "tpu") if form is None else (form,):
-        if name == "xla" or not _fits(name, arguments[2]):
+        if name == "xla" or not _fits(name, arguments[2], form is not None):
             continue
         forms[native[name]] = flat(kernels[name])
         if form is not None:
@@ -90,13 +90,13 @@ def update(
     return differentiable(*leaves)
 
 
-def _fits(form: Form, g: jax.Array) -> bool:
+def _fits(form: Form, g: jax.Array, is_forced: bool) -> bool:
     """Returns whether a kernel can be had for a leaf with this gradient."""
     if not all(isinstance(x, int) for x in g.shape):  # symbols of jax.export
         return False
     mesh = jax.typeof(g).sharding.mesh
     sizes = dict.fromkeys(AxisType, 1)
-    if mesh.empty:  # where XLA may split the leaf, unknown to its type
+    if mesh.empty and not is_forced:  # XLA may split the leaf, unknown to its type
         sizes[AxisType.Auto] = jax.device_count()
     for size, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True):
         sizes[kind] *= size
