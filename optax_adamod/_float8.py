@@ -140,7 +140,7 @@ def is_narrowed(shape: tuple[int, ...]) -> bool:
     """Returns whether averages of this shape are kept in 8 bits, if asked for.
 
     Short vectors, as of norms and biases, are not: they are few of a model's numbers,
-    and on a TPU each would take nine kernels.
+    and on a TPU each would take more kernels than a matrix.
     """
     return is_grouped(shape) and (len(shape) > 1 or math.prod(shape) >= 2**16)
 

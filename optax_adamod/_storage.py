@@ -61,8 +61,7 @@ class Averages(NamedTuple):
         if any(narrow):
             # A group's largest number determines its codes. The barriers have XLA
             # compute the averages twice, instead of writing them to memory between the
-            # two; without them an update of a matrix takes 1.6 times as long on CPU
-            # (python -m benchmarks.step_time).
+            # two, which takes longer on CPU.
             first = averages(jax.lax.optimization_barrier(g))
             shared = jax.lax.optimization_barrier(self._shared_exponents(first))
         numbers = averages(g)
