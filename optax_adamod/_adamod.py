@@ -22,6 +22,7 @@ from optax_adamod._arithmetic import (
     Rate,
     abs_sq,
     bias_correction,
+    largest_momentum,
 )
 from optax_adamod._storage import Averages, Seed, zeros_like
 
@@ -49,6 +50,7 @@ class Step(NamedTuple):
     eta_per_alpha: Rate  #: eta_t / alpha_t, of v_t
     s_per_alpha: BoundPerAlpha  #: |s_t / alpha_t|, of s_t
     m_hat: Momentum  #: of m_t and g_t
+    m_per_root_v: jax.Array  #: the largest |m_t| / √v_t that there can be
 
     def averages(self, g: jax.Array, m: jax.Array, v: jax.Array, s: Any) -> tuple:
         """Returns m_t, v_t and s_t, of g_t and the averages of the step before."""
@@ -64,6 +66,11 @@ class Step(NamedTuple):
         if s is not None:
             rate = jnp.minimum(rate, self.s_per_alpha(s))  # min(η_t, s_t) / α_t
         return self.m_hat(m, g, times=rate)  # min(η_t, s_t) / α_t · m̂_t
+
+    def possible(self, m: jax.Array, v: jax.Array) -> jax.Array:
+        """Returns m within what averages of gradients can be beside this v."""
+        limit = jax.lax.stop_gradient(self.m_per_root_v * jnp.sqrt(v))
+        return jnp.clip(m, -limit, limit)
 
     @property
     def dtype(self) -> np.dtype:
@@ -85,13 +92,19 @@ def _update_leaf(step, seed, g, *stored, form):
 def _in_xla(step, seed, g, stored):
     wide = jnp.result_type(g, step.dtype)
 
+    mu, nu, _ = (isinstance(x, _float8.Float8Array) for x in stored)
+
+    def possible(m, v, s):
+        # The smallest code of a group may be far more than a coordinate's v allows.
+        return (step.possible(m, v) if mu and not nu else m), v, s
+
     def averages(g):
         old = stored.load((wide, step.dtype, step.dtype))
-        return step.averages(g.astype(wide), *old)
+        return step.averages(g.astype(wide), *possible(*old))
 
     # The update uses what is stored, so that the state shows which rates it used.
     stored, new = stored.store(averages, g, seed)
-    return step.update(g.astype(wide), *new).astype(g.dtype), stored
+    return step.update(g.astype(wide), *possible(*new)).astype(g.dtype), stored
 
 
 class Hyperparameters(NamedTuple):
@@ -160,6 +173,7 @@ class Hyperparameters(NamedTuple):
             eta_per_alpha=eta_per_alpha.respelled(),
             s_per_alpha=BoundPerAlpha.of(alpha),
             m_hat=m_hat,
+            m_per_root_v=largest_momentum(b1, b2).astype(dtype),
         )
 
 

@@ -108,6 +108,13 @@ class Momentum(NamedTuple):
         return update
 
 
+def largest_momentum(b1: float | jax.Array, b2: float | jax.Array) -> jax.Array:
+    """Returns c of ``|m_t| <= c √v_t``, by Cauchy and Schwarz; infinite for none."""
+    gap = jnp.asarray(b2 - b1 * b1)
+    square = b2 / ((1 - b2) * jnp.where(gap > 0, gap, 1))
+    return jnp.where(gap > 0, (1 - b1) * jnp.sqrt(square), jnp.inf)
+
+
 def abs_sq(g: jax.Array) -> jax.Array:
     """Returns the squares of the magnitudes, real."""
     return jnp.real(jnp.conj(g) * g)

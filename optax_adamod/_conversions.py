@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_adamod import _float8
 from optax_adamod._adamod import ScaleByAdamodState
 from optax_adamod._diagnostics import INJECTED
 from optax_adamod._float8 import Float8Array
@@ -126,8 +127,14 @@ def from_torch(
     """
     fresh = _only(state, "state", ScaleByAdamodState)
     step, averages = _read(state_dict, names)
+    given = {field: to_tree(averages[key]) for field, key in _TORCH_NAMES.items()}
     trees = {
-        field: _like(getattr(fresh, field), to_tree(averages[key]), f"to_tree's {key}")
+        field: _like(
+            getattr(fresh, field),
+            given[field],
+            f"to_tree's {key}",
+            nu=given["nu"] if field == "bound" else None,
+        )
         for field, key in _TORCH_NAMES.items()
         if getattr(fresh, field) is not None
     }
@@ -209,10 +216,10 @@ def _replaced(
     return jax.tree.map_with_path(replace, state, is_leaf=_is_counter)
 
 
-def _placed(new: Any, old: Any) -> Any:
-    """Returns ``new`` in the dtype and on the devices of ``old``."""
+def _placed(new: Any, old: Any, v: Any = None) -> Any:
+    """Returns ``new`` in the dtype and on the devices of ``old``; a bound by its v."""
     if isinstance(old, Float8Array):
-        quantized = Float8Array.quantize(new, signed=old.signed)
+        quantized = _float8.nearest(jnp.asarray(new), old.signed, v)
         return jax.tree.map(_placed, quantized, old)
     new = new.astype(old.dtype)
     if isinstance(old, jax.core.Tracer) or not getattr(old, "committed", False):
@@ -282,8 +289,17 @@ def _check_keys(name: str, stored: Mapping[str, Any]) -> None:
         )
 
 
-def _like(fresh: optax.Updates, tree: optax.Updates, name: str) -> optax.Updates:
-    """Returns ``tree`` with the dtypes, and on the devices, of ``fresh``."""
+def _like(
+    fresh: optax.Updates, tree: optax.Updates, name: str, *, nu: Any = None
+) -> optax.Updates:
+    """Returns ``tree`` with the dtypes, and on the devices, of ``fresh``.
+
+    Args:
+      fresh: An average of a fresh state.
+      tree: What is to be in its place.
+      name: What the user calls ``tree``.
+      nu: For a bound, the average of squares that goes with it.
+    """
     fresh_treedef = jax.tree.structure(fresh, is_leaf=_is_array)
     structures = jax.tree.structure(tree), fresh_treedef
     if structures[0] != structures[1]:
@@ -291,7 +307,7 @@ def _like(fresh: optax.Updates, tree: optax.Updates, name: str) -> optax.Updates
             f"{name} is {structures[0]}, and the parameters are {structures[1]}."
         )
 
-    def convert(path: Any, old: Any, new: Any) -> Any:
+    def convert(path: Any, old: Any, new: Any, v: Any = None) -> Any:
         if jnp.shape(new) != old.shape:
             raise ValueError(
                 f"{name} at {jax.tree_util.keystr(path)} has shape {jnp.shape(new)}, "
@@ -303,9 +319,29 @@ def _like(fresh: optax.Updates, tree: optax.Updates, name: str) -> optax.Updates
                 f"{name} at {jax.tree_util.keystr(path)} is complex, and the parameter "
                 "is real."
             )
-        return _placed(new if isinstance(new, jax.Array) else np.asarray(new), old)
+        new = new if isinstance(new, jax.Array) else np.asarray(new)
+        placed = _placed(new, old, v)
+        if v is not None and isinstance(old, Float8Array):
+            _check_bound(path, name, placed, new, v)
+        return placed
 
-    return jax.tree.map_with_path(convert, fresh, tree, is_leaf=_is_array)
+    trees = (tree,) if nu is None else (tree, nu)
+    return jax.tree.map_with_path(convert, fresh, *trees, is_leaf=_is_array)
+
+
+def _check_bound(path: Any, name: str, placed: Float8Array, s: Any, v: Any) -> None:
+    """Refuses 8 bits for a bound that they would loosen, unless its values are traced.
+
+    Numbers far below their group's largest become the smallest code.
+    """
+    loose = jnp.sum((placed.dequantize() > 2 * s) & (v != 0))
+    if not isinstance(loose, jax.core.Tracer) and loose:
+        raise ValueError(
+            f"{name} at {jax.tree_util.keystr(path)} cannot be kept in 8 bits: "
+            f"{loose} of its bounds would more than double, for they are "
+            "below 2**-34 of their group's largest. Make the optimizer with "
+            "bound_dtype='bfloat16'."
+        )
 
 
 def _is_array(x: Any) -> bool:

@@ -97,13 +97,7 @@ class Float8Array(NamedTuple):
                 f"the last dimension must be a multiple of {GROUP}, and the shape is "
                 f"{x.shape}."
             )
-        x = grouped(x.astype(jnp.float32))
-        is_bad = ~jnp.isfinite(x) if signed else ~jnp.isfinite(x) | (x < 0)
-        largest = jnp.max(magnitudes(x), axis=-1, keepdims=True)
-        shared = shared_exponents(largest, signed)
-        shared = jnp.where(is_bad.any(-1, keepdims=True), ALL_NAN, shared)
-        codes = encode(x, shared, np.int32(2 ** (SHIFT - 1)), signed)
-        return from_groups(codes, shared, signed)
+        return nearest(x, signed)
 
     def __repr__(self) -> str:
         shape = getattr(self.codes, "shape", None)
@@ -175,6 +169,18 @@ def numbers(x: Float8Array) -> jax.Array:
     return decode(x.codes.astype(jnp.int32), exponents, x.signed)
 
 
+def nearest(x: jax.Array, signed: bool, v: jax.Array | None = None) -> Float8Array:
+    """Returns numbers rounded to the nearest code; a bound's with their v."""
+    x = grouped(x.astype(jnp.float32))
+    is_bad = ~jnp.isfinite(x) if signed else ~jnp.isfinite(x) | (x < 0)
+    v = v if v is None else grouped(v)
+    largest = jnp.max(key(x, v), axis=-1, keepdims=True)
+    shared = shared_exponents(largest, signed)
+    shared = jnp.where(is_bad.any(-1, keepdims=True), ALL_NAN, shared)
+    codes = encode(x, shared, np.int32(2 ** (SHIFT - 1)), signed)
+    return from_groups(codes, shared, signed)
+
+
 # In the following, codes and exponents are int32, so that kernels call the same; the
 # sign of a code is extended. Exponents broadcast to the members of their groups.
 
@@ -193,9 +199,19 @@ def magnitudes(x: jax.Array) -> jax.Array:
     return _bits(x) & 0x7FFFFFFF
 
 
+def key(x: jax.Array, v: jax.Array | None = None) -> jax.Array:
+    """Returns what the maximum of a group is taken of: the magnitudes.
+
+    Given v for a bound, they are negative where v is 0. The rate is 1 / eps there and
+    says nothing, so it counts only if the group has no other.
+    """
+    return magnitudes(x) if v is None else magnitudes(x) | jnp.where(v == 0, SIGN, 0)
+
+
 def shared_exponents(largest: jax.Array, signed: bool) -> jax.Array:
     """Returns the exponents of groups, of the largest of their magnitudes."""
     last, limit = (127, LARGEST_SIGNED) if signed else (255, LARGEST_UNSIGNED)
+    largest &= ~SIGN
     # An average of squares may overflow to infinity. NaN, and infinite gradients, may
     # not pass unseen.
     is_bad = largest >= (INFINITY if signed else INFINITY + 1)
@@ -212,7 +228,7 @@ def encode(
     """Returns the codes of ``x``, rounded away from zero if ``bits`` carry.
 
     Zero stays zero. Unsigned numbers other than zero never become zero: an average of
-    squares that did would divide by eps.
+    squares that did would divide by eps. Those beyond the last code saturate.
 
     Args:
       x: float32 numbers.
@@ -222,7 +238,9 @@ def encode(
       signed: Whether codes have a sign.
     """
     offset = exponents << 23
-    limit = LARGEST_SIGNED if signed else LARGEST_UNSIGNED
+    limit = LARGEST_SIGNED
+    if not signed:
+        limit = jnp.minimum(LARGEST_UNSIGNED, offset + (255 << SHIFT))
     magnitude = jnp.minimum(magnitudes(x), limit)
     shifted = _bits(_float(magnitude) + _float(offset))
     codes = (shifted + (bits - offset)) >> SHIFT

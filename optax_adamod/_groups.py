@@ -35,7 +35,10 @@ def advanced(
     """
     old = [*map(_float8.decode, codes, exponents, SIGNS), None][:3]
     new = [x for x in step.averages(g, *old) if x is not None]
-    largest = (jnp.max(_float8.magnitudes(x), axis=-1, keepdims=True) for x in new)
+    largest = (
+        jnp.max(_float8.key(x, new[1] if i == 2 else None), axis=-1, keepdims=True)
+        for i, x in enumerate(new)
+    )
     exponents = [*map(_float8.shared_exponents, largest, SIGNS)]
     integers = (x.astype(jnp.int32) for x in bits)
     return [*map(_float8.encode, new, exponents, integers, SIGNS)], exponents

@@ -87,14 +87,15 @@ class Averages(NamedTuple):
     def _shared_exponents(self, numbers: Sequence[Any]) -> tuple[Any, ...]:
         """Returns the exponents of new numbers in 8 bits, None for the others."""
         narrow = [isinstance(old, Float8Array) for old in self]
+        with_v = zip(numbers, (None, None, numbers[1]), strict=True)
         grouped = [
-            _float8.magnitudes(_float8.grouped(x.astype(jnp.float32)))
-            for x in itertools.compress(numbers, narrow)
+            _float8.grouped(_float8.key(x.astype(jnp.float32), v))
+            for x, v in itertools.compress(with_v, narrow)
         ]
         # One reduction, for XLA does not fuse several.
         largest = jax.lax.reduce(
             grouped,
-            [np.int32(0)] * len(grouped),
+            [np.int32(_float8.SIGN)] * len(grouped),
             lambda a, b: [*map(jnp.maximum, a, b)],
             (grouped[0].ndim - 1,),
         )

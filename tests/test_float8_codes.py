@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optax_adamod import Float8Array, _float8, scale_by_adamod
+from optax_adamod import (
+    Float8Array,
+    _arithmetic,
+    _float8,
+    _kernels,
+    scale_by_adamod,
+)
 
 FLOAT8 = {f"{name}_dtype": "float8" for name in ("mu", "nu", "bound")}
 
@@ -180,3 +186,69 @@ def test_averages_follow_float32_for_20000_steps(sigma, b3):
     assert nu < 0.005
     assert bound < 0.02
     assert update < 0.03
+
+
+@pytest.mark.parametrize("form", ["xla", "gpu", "tpu"])
+@pytest.mark.parametrize("eps", [1e-8, 1e-15])
+def test_a_coordinate_without_gradients_loosens_no_bound(form, eps):
+    """Its rate is 1 / eps, which would be the largest of the group by far."""
+    tx = scale_by_adamod(b3=0.99, eps=eps, **FLOAT8)
+    wide = scale_by_adamod(b3=0.99, eps=eps)
+    p = jnp.zeros((2, 256))
+    states = [x.init(p) for x in (tx, wide)]
+    with _kernels.forced(form):
+        for step in range(3):
+            g = noise(p.shape, step).at[:, 5::64].set(0)
+            states = [
+                jax.jit(x.update)(g, s)[1]
+                for x, s in zip((tx, wide), states, strict=True)
+            ]
+    bound, expected = (x.bound for x in states)
+    awake = jnp.asarray(states[1].nu) > 0
+    ratio = (bound.dequantize() / expected)[awake]
+    assert ratio.min() > 0.8
+    assert ratio.max() < 1.25
+    # Without gradients a bound is that of a neighbour, at most doubled.
+    largest = jnp.max(jnp.where(awake, expected, 0), axis=1)
+    assert jnp.all(bound.dequantize()[:, 5] <= 2.5 * largest)
+
+
+def test_a_group_without_gradients_keeps_its_bound():
+    tx = scale_by_adamod(b3=0.99, **FLOAT8)
+    g = noise((1, 256)).at[:, :128].set(0)
+    _, state = tx.update(g, tx.init(g))
+    np.testing.assert_allclose(state.bound.dequantize()[:, :128], 1e6, rtol=0.07)
+
+
+@pytest.mark.parametrize("nu_dtype", ["float8", "bfloat16", "float32"])
+@pytest.mark.parametrize("mu_dtype", ["float8", "bfloat16", "float16", "float32"])
+def test_no_pair_of_dtypes_takes_steps_that_cannot_be(mu_dtype, nu_dtype):
+    """Cauchy and Schwarz: |m| is at most 7.27 times the root of v for the defaults."""
+    tx = scale_by_adamod(b3=0.0, eps=1e-30, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
+    magnitudes = 10.0 ** -jnp.linspace(0, 12, 128)[None]  # all in one group
+
+    def step(state, key):
+        g = magnitudes * jax.random.normal(key, (16, 128))
+        updates, state = tx.update(g, state)
+        return state, jnp.max(jnp.abs(updates), axis=0)
+
+    keys = jax.random.split(jax.random.key(0), 200)
+    _, largest = jax.jit(
+        lambda: jax.lax.scan(step, tx.init(jnp.zeros((16, 128))), keys)
+    )()
+    assert jnp.max(largest) < 7.27
+    assert jnp.max(largest, axis=0)[0] > 0.9
+
+
+def test_momentum_is_limited_as_cauchy_and_schwarz_say():
+    """By the gradients that reach the limit, and any others stay below."""
+    b1, b2, t = 0.9, 0.999, 4000
+    i = np.arange(t)  # steps ago; the weights of m over those of v
+    g = ((b1 / b2) ** i)[::-1]
+    m = (1 - b1) * np.sum(b1**i * g[::-1])
+    v = (1 - b2) * np.sum(b2**i * g[::-1] ** 2)
+    for x in (b1, jnp.asarray(b1, jnp.float32)):
+        limit = _arithmetic.largest_momentum(x, b2)
+        np.testing.assert_allclose(limit, m / np.sqrt(v), rtol=1e-5)
+    for b1, b2 in ((0.9, 0.81), (0.9, 0.5), (0.0, 0.0)):
+        assert _arithmetic.largest_momentum(b1, b2) == np.inf

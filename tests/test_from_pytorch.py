@@ -300,3 +300,26 @@ def test_the_page_goes_on_in_jax(monkeypatch):
         namespace["tx"].update(namespace["params"], expected, namespace["params"]),
         tx.update(namespace["params"], expected, namespace["params"]),
     )
+
+
+@pytest.mark.parametrize("eps", [1e-8, 1e-15])
+def test_bounds_of_8_bits_beside_coordinates_without_gradients(eps):
+    """Whose bound, 1 / eps, leaves no room for others in their group."""
+    v = np.exp2(np.linspace(-40, -20, 128, dtype=np.float32))
+    v[::7] = 0
+    bound = 1e-3 / (np.sqrt(v) + eps)
+    averages = dict(zip(AVERAGES, (np.sqrt(v), v, bound), strict=True))
+    state_dict = {
+        "state": {0: {"step": 7, **{k: x[None] for k, x in averages.items()}}},
+        "param_groups": [{"params": [0]}],
+    }
+    dtypes = {f"{name}_dtype": "float8" for name in ("mu", "nu", "bound")}
+    tx = adamod(1e-3, convention="torch", **dtypes)
+    state = tx.init({"w": jnp.zeros((1, 128))})
+    state = from_torch(state_dict, ["w"], dict, state)
+    actual = optax.tree.get(state, "bound")["w"].dequantize()[0]
+    np.testing.assert_allclose(actual[v > 0], bound[v > 0], rtol=0.07)
+
+    averages["exp_avg_lr"][1] = 1e-20  # as of a learning rate of almost 0
+    with pytest.raises(ValueError, match=r"exp_avg_lr at \['w'\] .* 8 bits: 1 of"):
+        from_torch(state_dict, ["w"], dict, state)
