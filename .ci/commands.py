@@ -103,7 +103,9 @@ def problem(command: str) -> str | None:
         return problem_of_install(words)
     if program == ".ci/run":
         parts = (ROOT / ".ci" / "run").read_text()
-        known = all(re.search(rf"^{word}\(\) {{$", parts, re.M) for word in words)
+        known = all(
+            re.search(rf"^( *{word}\)|{word}\(\) {{$)", parts, re.M) for word in words
+        )
         return None if known else "no such part"
     return None if program == "pre-commit" else "an unknown program"
 
