@@ -3,8 +3,10 @@
 They come with the group ``compiled`` and need no accelerator: ``pytest -m compiled``.
 """
 
+import concurrent.futures
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,19 +53,34 @@ def need(target):
         pytest.skip(f"{TARGETS[target]} is not installed; the group 'compiled' has it")
 
 
+@pytest.fixture(scope="module")
+def compilations(request, tmp_path_factory):
+    """What the chosen tests need, at once as far as there are cores: each takes one."""
+    tests = [x for x in request.session.items if x.path == request.path]
+    targets = {x.callspec.params["target"] for x in tests if hasattr(x, "callspec")}
+    wanted = [(name, TREES) for name in TARGETS if name in targets]
+    if any("llama" in x.fixturenames for x in tests):
+        wanted.append(("H100", ("Llama 3.2 1B",)))
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {
+            key: pool.submit(compiled, *key, tmp_path_factory.mktemp("compiled"))
+            for key in wanted
+            if importlib.util.find_spec(TARGETS[key[0]]) is not None
+        }
+
+
 @pytest.fixture(scope="module", params=TARGETS)
-def target(request, tmp_path_factory):
+def target(request, compilations):
     need(request.param)
-    folder = tmp_path_factory.mktemp("compiled")
-    return request.param, compiled(request.param, TREES, folder)
+    return request.param, compilations[request.param, TREES].result()
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
+def llama(compilations):
     """146 leaves on an H100."""
     need("H100")
     name = "Llama 3.2 1B"
-    return compiled("H100", [name], tmp_path_factory.mktemp("llama"))[name]
+    return compilations["H100", (name,)].result()[name]
 
 
 def rows(facts):
