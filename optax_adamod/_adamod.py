@@ -173,7 +173,7 @@ class Hyperparameters(NamedTuple):
             eta_per_alpha=eta_per_alpha.respelled(),
             s_per_alpha=BoundPerAlpha.of(alpha),
             m_hat=m_hat,
-            m_per_root_v=largest_momentum(b1, b2).astype(dtype),
+            m_per_root_v=largest_momentum(b1, b2, dtype),
         )
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Average(NamedTuple):
@@ -108,11 +109,17 @@ class Momentum(NamedTuple):
         return update
 
 
-def largest_momentum(b1: float | jax.Array, b2: float | jax.Array) -> jax.Array:
-    """Returns c of ``|m_t| <= c √v_t``, by Cauchy and Schwarz; infinite for none."""
-    gap = jnp.asarray(b2 - b1 * b1)
+def largest_momentum(
+    b1: float | jax.Array, b2: float | jax.Array, dtype: np.dtype
+) -> jax.Array:
+    """Returns c of ``|m_t| <= c √v_t``, by Cauchy and Schwarz.
+
+    Where there is none, it is the largest number times which a root is finite.
+    """
+    gap = jnp.asarray(b2 - b1 * b1, dtype)
     square = b2 / ((1 - b2) * jnp.where(gap > 0, gap, 1))
-    return jnp.where(gap > 0, (1 - b1) * jnp.sqrt(square), jnp.inf)
+    largest = jnp.sqrt(jnp.finfo(dtype).max)
+    return jnp.where(gap > 0, (1 - b1) * jnp.sqrt(square), largest).astype(dtype)
 
 
 def abs_sq(g: jax.Array) -> jax.Array:

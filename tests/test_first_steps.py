@@ -1,6 +1,6 @@
 """Where do AdaMod's small first steps surprise, and does each way out work?
 
-The page docs/first_steps.md has these figures.
+The page docs/limits.md has these figures.
 """
 
 import jax
