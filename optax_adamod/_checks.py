@@ -160,16 +160,34 @@ def _shard_shape(x: Any) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def no_float16(params: Any) -> None:
-    """Refuses parameters in a dtype that is neither wide nor bfloat16."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if jnp.result_type(leaf) == jnp.float16:
-            raise TypeError(
-                f"the parameter at params{jax.tree_util.keystr(path)} is float16; "
-                "round_updates_stochastically rounds sums with bfloat16 parameters, "
-                "and leaves wider ones alone. Use bfloat16, or leave such parameters "
-                "out with optax.masked."
-            )
+def rounded(path: Any, p: Any) -> bool:
+    """Returns whether sums with a parameter are rounded; refuses other narrow ones."""
+    dtype = _dtype_of(p)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        return False
+    if dtype != jnp.bfloat16 and jnp.finfo(dtype).bits < 32:
+        raise TypeError(
+            f"the parameter at params{jax.tree_util.keystr(path)} is {dtype}; "
+            "round_updates_stochastically rounds sums with bfloat16 parameters, "
+            "and leaves wider ones alone. Use bfloat16, or leave such parameters "
+            "out with optax.masked."
+        )
+    return dtype == jnp.bfloat16
+
+
+def summand(path: Any, u: Any, p: Any) -> None:
+    """Refuses an update that has no parameter, or would broadcast to it."""
+    where = jax.tree_util.keystr(path)
+    if _dtype_of(p) is None:
+        raise TypeError(
+            f"there is an update at updates{where}, and params{where} is {_brief(p)}, "
+            f"of type {type(p).__name__}. Pass None as the update of what is no array."
+        )
+    if jnp.shape(u) != jnp.shape(p):
+        raise ValueError(
+            f"the update at updates{where} has shape {jnp.shape(u)}, and its parameter "
+            f"{jnp.shape(p)}."
+        )
 
 
 def state_of_adamod(state: Any, bounded: bool) -> None:

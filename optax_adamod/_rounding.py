@@ -36,16 +36,18 @@ def round_updates_stochastically() -> optax.GradientTransformationExtraArgs:
     follow their updates in the mean. Larger updates are rounded, by at most 2**-8 of
     themselves. The random bits are a hash of step, leaf and coordinate,
     as those of AdaMod's averages. Updates of float32, float64 and complex parameters
-    stay as they are.
+    stay as they are. Leaves that are no arrays may have None as their update.
 
     Returns:
       The corresponding :class:`optax.GradientTransformationExtraArgs`, whose ``update``
       needs the parameters.
 
     Raises:
-      ValueError: From ``update``, if ``params`` is None.
-      TypeError: From ``init`` and ``update``, if a parameter is float16, whose numbers
-        it does not round.
+      ValueError: From ``update``, if ``params`` is None, or an update and its parameter
+        differ in shape.
+      TypeError: From ``init`` and ``update``, if a parameter is a float of less than 32
+        bits other than bfloat16, whose numbers it does not round. From ``update``, if
+        the update of what is no array is not None.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -68,7 +70,8 @@ def round_updates_stochastically() -> optax.GradientTransformationExtraArgs:
     """
 
     def init_fn(params):
-        _checks.no_float16(params)
+        for path, p in jax.tree_util.tree_leaves_with_path(params):
+            _checks.rounded(path, p)
         return RoundUpdatesStochasticallyState(count=jnp.zeros([], jnp.int32))
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -78,7 +81,6 @@ def round_updates_stochastically() -> optax.GradientTransformationExtraArgs:
                 "round_updates_stochastically needs the parameters: call "
                 "update(updates, state, params)."
             )
-        _checks.no_float16(params)
         count = optax.safe_increment(state.count)
         words = Seed.of_step(count)
         leaves, treedef = jax.tree_util.tree_flatten_with_path(
@@ -95,7 +97,10 @@ def round_updates_stochastically() -> optax.GradientTransformationExtraArgs:
 
 
 def _rounded(u, p, words, path):
-    if u is None or jnp.result_type(p) != jnp.bfloat16:
+    if u is None:  # so p may be anything, such as a function of an Equinox model
+        return u
+    _checks.summand(path, u, p)
+    if not _checks.rounded(path, p):
         return u
     # Salted, so that parameters and averages of one leaf round by bits of their own.
     return _round_sum(u, p, (words, Seed.of_leaf(path, "params")))

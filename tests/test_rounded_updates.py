@@ -87,21 +87,41 @@ def test_sums_are_unbiased_whatever_the_magnitude(exponent):
             assert abs(new.mean() - (p + u)) < 4 * spread + rounded
 
 
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda tx: optax.apply_if_finite(tx, 3),
-        lambda tx: optax.conditionally_transform(tx, lambda step: step % 2 == 0),
-        lambda tx: optax.conditionally_mask(tx, lambda step: step % 2 == 0),
-    ],
-    ids=["apply_if_finite", "conditionally_transform", "conditionally_mask"],
-)
-def test_bfloat16_weights_inside_conditionals_and_strict_promotion(wrap):
-    tx = wrap(optax.chain(adamod(0.1, b3=0.5), round_updates_stochastically()))
+def is_even(step):
+    return step % 2 == 0
+
+
+def large(*arguments):
+    return optax.skip_large_updates(*arguments, max_squared_norm=1e9)
+
+
+# Every wrapper of Optax that holds a cond around the updates of another.
+CONDITIONALS = {
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "conditionally_transform": lambda tx: optax.conditionally_transform(tx, is_even),
+    "conditionally_mask": lambda tx: optax.conditionally_mask(tx, is_even),
+    "MultiSteps": lambda tx: optax.MultiSteps(tx, 2),
+    "MultiSteps, skip_not_finite": (
+        lambda tx: optax.MultiSteps(tx, 2, should_skip_update_fn=optax.skip_not_finite)
+    ),
+    "MultiSteps, skip_large_updates": (
+        lambda tx: optax.MultiSteps(tx, 2, should_skip_update_fn=large)
+    ),
+    "contrib.mechanize": lambda tx: optax.contrib.mechanize(tx, s_init=0.1),
+}
+
+
+@pytest.mark.parametrize("name", CONDITIONALS)
+def test_bfloat16_weights_inside_conditionals_and_strict_promotion(name):
+    tx = CONDITIONALS[name](
+        optax.chain(adamod(0.1, b3=0.5), round_updates_stochastically())
+    )
     params = jnp.ones((4, 128), jnp.bfloat16)
     state = tx.init(params)
-    with jax.numpy_dtype_promotion("strict"):
-        for _ in range(2):
+    # MultiSteps promotes bfloat16 itself, whatever it wraps.
+    strict = "standard" if "MultiSteps" in name else "strict"
+    with jax.numpy_dtype_promotion(strict):
+        for _ in range(4):
             updates, state = jax.jit(tx.update)(params, state, params)
             assert updates.dtype == jnp.bfloat16
             params = optax.apply_updates(params, updates)
@@ -142,10 +162,37 @@ def test_flax():
         assert abs(moved / -2e-3 - 1) < 0.2
 
 
+def test_leaves_that_are_no_arrays():
+    """As the functions of an Equinox model, beside which gradients are None."""
+    tx = optax.chain(optax.sgd(0.1), round_updates_stochastically())
+    params = {"w": jnp.ones(128, jnp.bfloat16), "activation": jax.nn.relu, "name": "w"}
+    gradients = {**dict.fromkeys(params), "w": params["w"]}
+    updates, _ = tx.update(gradients, tx.init(params), params)
+    expected, _ = tx.update(params["w"], tx.init(params["w"]), params["w"])
+    assert updates["activation"] is updates["name"] is None
+    np.testing.assert_allclose(updates["w"], expected, rtol=0.1)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn", "float8_e5m2"])
+def test_narrow_parameters_are_refused(dtype):
+    tx = round_updates_stochastically()
+    params = {"v": jnp.ones(3), "w": jnp.ones(3, dtype)}
+    with pytest.raises(TypeError, match=rf"params\['w'\] is {dtype}; .*bfloat16"):
+        tx.init(params)
+    with pytest.raises(TypeError, match=rf"params\['w'\] is {dtype}; .*bfloat16"):
+        tx.update(params, tx.init({}), params)
+
+
 def test_bad_input():
     tx = round_updates_stochastically()
-    with pytest.raises(TypeError, match=r"params\['w'\] is float16"):
-        tx.init({"w": jnp.ones(3, jnp.float16)})
-    params = jnp.ones(3, jnp.bfloat16)
+    params = {"w": jnp.ones((2, 3), jnp.bfloat16), "v": jnp.ones(3), "f": jax.nn.relu}
+    state = tx.init(params)
     with pytest.raises(ValueError, match="needs the parameters"):
-        tx.update(params, tx.init(params))
+        tx.update(params, state)
+    message = r"updates\['w'\] has shape \(1, 3\), and its parameter \(2, 3\)"
+    with pytest.raises(ValueError, match=message):
+        tx.update({"w": jnp.ones((1, 3)), "v": None, "f": None}, state, params)
+    with pytest.raises(ValueError, match=r"updates\['v'\] has shape \(1,\), and its"):
+        tx.update({"w": None, "v": jnp.ones(1), "f": None}, state, params)
+    with pytest.raises(TypeError, match=r"updates\['f'\], and params\['f'\] is .*None"):
+        tx.update({"w": None, "v": None, "f": jnp.ones(1)}, state, params)
