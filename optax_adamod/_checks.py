@@ -31,6 +31,12 @@ def decay_rate(name: str, value: Any) -> float | jax.Array:
 def decay_rate_of_bound(name: str, value: Any) -> float | jax.Array:
     """As :func:`decay_rate`; refuses an ``eps`` in the position of ``b3``."""
     value = decay_rate(name, value)
+    if isinstance(value, jax.Array) and _number(value) == 0:
+        raise ValueError(
+            f"{name} is an array of 0. The number 0 gives Adam; with an array there is "
+            "a bound, which holds back by its rounding. Under optax.inject_hyperparams "
+            f"pass static_args='{name}', or begin a schedule above 0."
+        )
     # Not an array of JAX: a schedule under optax.inject_hyperparams may begin so low.
     if isinstance(value, float) and 0.0 < value < 1e-3:
         raise ValueError(

@@ -164,7 +164,7 @@ def test_what_is_concrete_is_checked_under_inject_hyperparams_too():
     tx = optax.inject_hyperparams(adamod)
     with raises(ValueError, "b3 must be in [0, 1), got 1.5"):
         tx(0.1, b3=1.5).init(PARAMS)
-    tx(0.1, b3=optax.linear_schedule(0.0, 0.9, 20_000)).init(PARAMS)  # begins low
+    tx(0.1, b3=optax.linear_schedule(1e-4, 0.9, 20_000)).init(PARAMS)  # begins low
     jax.jit(tx(0.1, b3=1.5).init)(PARAMS)  # where it is a number of the program
 
 

@@ -41,20 +41,28 @@ def float32_hyperparameters(**settings):
     return {k: float(np.float32(v)) for k, v in settings.items()}
 
 
-@pytest.mark.parametrize(
-    ("factory", "b3"), [(adamod, 0.0), (adamod, 0.999), (adamodw, 0.9)]
-)
+@pytest.mark.parametrize(("factory", "b3"), [(adamod, 0.999), (adamodw, 0.9)])
 def test_injected_hyperparameters(factory, b3):
     settings = dict(learning_rate=0.1, b1=0.9, b2=0.999, b3=b3, eps=1e-8)
     injected, state = follow(optax.inject_hyperparams(factory)(**settings))
     plain, expected = follow(factory(**float32_hyperparameters(**settings)))
     chex.assert_trees_all_close(injected, plain, rtol=1e-6)
-    for name in ("mu", "nu", "bound") if b3 else ("mu", "nu"):
+    for name in ("mu", "nu", "bound"):
         mine, theirs = (optax.tree.get(s, name) for s in (state.inner_state, expected))
         chex.assert_trees_all_close(mine, theirs, rtol=2e-6)
-    # An injected b3 is an array, whose value may change: the bound stays.
-    assert optax.tree.get(state, "bound") is not None
     assert state.hyperparams["b3"] == np.float32(b3)
+
+
+@pytest.mark.parametrize("factory", [adamod, adamodw])
+def test_injected_b3_of_0(factory):
+    """An array of 0 would keep a bound, and not be Adam."""
+    with pytest.raises(ValueError, match=r"b3 is an array of 0.*static_args='b3'"):
+        optax.inject_hyperparams(factory)(0.1, b3=0).init(PARAMS)
+    inject = optax.inject_hyperparams(factory, static_args="b3")
+    injected, state = follow(inject(0.1, b3=0))
+    plain, _ = follow(factory(0.1, b3=0))
+    chex.assert_trees_all_close(injected, plain, rtol=1e-5)
+    assert optax.tree.get(state, "bound") is None
 
 
 def test_injected_schedule_and_dtypes():
