@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_adamod import _checks
+from optax_adamod._float8 import Float8Array, as_float8, is_float8
 
 INT32_MAX = np.iinfo(np.int32).max  # coordinates that an int32 can count
 
@@ -34,7 +35,8 @@ def log10_histogram(tree: Any, bins: Sequence[float] | np.ndarray) -> Log10Histo
     are on one device.
 
     Args:
-      tree: A tree of arrays, such as one of :class:`optax_adamod.LearningRates`.
+      tree: A tree of arrays, such as one of :class:`optax_adamod.LearningRates`. A
+        :class:`optax_adamod.Float8Array` in it stands for its numbers.
       bins: Edges of the bins as increasing powers of ten within -37 and 38: ``k + 1``
         edges for ``k`` bins. A bin includes its lower edge and not its upper one.
 
@@ -56,7 +58,10 @@ def log10_histogram(tree: Any, bins: Sequence[float] | np.ndarray) -> Log10Histo
     .. seealso:: :func:`optax_adamod.learning_rates`.
     """
     edges = _checks.log10_edges(bins)
-    leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree)]
+    leaves = [
+        as_float8(x) if is_float8(x) else jnp.asarray(x)
+        for x in jax.tree.leaves(tree, is_leaf=is_float8)
+    ]
     size = sum(x.size for x in leaves)
     with _counting(size) as dtype, jax.numpy_dtype_promotion("standard"):
         at_least = jnp.zeros(1 + len(edges), dtype)
@@ -84,6 +89,7 @@ def _counting(size: int) -> Iterator[np.dtype]:
 @functools.partial(jax.jit, static_argnames=("edges", "dtype"))
 def _count_magnitudes(x, edges: tuple[float, ...], dtype: np.dtype):
     """Counts the elements that are at least 0, which NaN is not, or each edge."""
+    x = x.dequantize() if isinstance(x, Float8Array) else x
     x = jnp.abs(x.astype(jnp.result_type(x, jnp.float32)))
     # XLA assumes that magnitudes are at least 0, even NaN.
     x = jnp.where(jnp.isnan(x), -1, x)

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from close import assert_few_units_apart
 from optax_adamod import (
+    Float8Array,
     LearningRates,
     ScaleByAdamodState,
     _histogram,
@@ -212,3 +213,16 @@ def test_nothing_of_the_parameters_size_is_written():
     memory = jax.jit(histogram).lower(averages).compile().memory_analysis()
     assert memory.argument_size_in_bytes > 2 * 512 * 512 * 4
     assert memory.output_size_in_bytes + memory.temp_size_in_bytes < 4096
+
+
+def test_averages_in_8_bits_count_as_their_numbers():
+    x = np.random.default_rng(0).lognormal(sigma=4, size=(4, 256))
+    x[3, 200] = np.nan  # and with it the group
+    narrow = Float8Array.quantize(x, signed=False)
+    tree = {"w": narrow, "b": jnp.ones(3)}
+    expected = {"w": narrow.dequantize(), "b": jnp.ones(3)}
+    assert numpy_counts(expected)[3] == 128
+    check(log10_histogram(tree, BINS), expected)
+    check(jax.jit(lambda tree: log10_histogram(tree, BINS))(tree), expected)
+    # As Orbax restores them without a template.
+    check(log10_histogram({**tree, "w": narrow._asdict()}, BINS), expected)
