@@ -78,7 +78,9 @@ class Float8Array(NamedTuple):
         """Returns numbers rounded to the nearest code.
 
         A group with an infinity or NaN among its members becomes NaN. Finite numbers
-        saturate: at 2**64 with a sign, at 2.98e38 without one.
+        saturate: at 2**64 with a sign, at 2.98e38 without one. Numbers that were
+        dequantized stay as they are. The largest of a group may lose 2**-15 of itself
+        even where a code is near, so 1 with a sign becomes 0.99997.
 
         Args:
           x: The numbers, real; the last dimension must be a multiple of 128.
@@ -172,13 +174,19 @@ def numbers(x: Float8Array) -> jax.Array:
 def nearest(x: jax.Array, signed: bool, v: jax.Array | None = None) -> Float8Array:
     """Returns numbers rounded to the nearest code; a bound's with their v."""
     x = grouped(x.astype(jnp.float32))
-    is_bad = ~jnp.isfinite(x) if signed else ~jnp.isfinite(x) | (x < 0)
     v = v if v is None else grouped(v)
-    largest = jnp.max(key(x, v), axis=-1, keepdims=True)
-    shared = shared_exponents(largest, signed)
-    shared = jnp.where(is_bad.any(-1, keepdims=True), ALL_NAN, shared)
-    codes = encode(x, shared, np.int32(2 ** (SHIFT - 1)), signed)
-    return from_groups(codes, shared, signed)
+    is_bad = ~jnp.isfinite(x) if signed else ~jnp.isfinite(x) | (x < 0)
+
+    def coded(shared):
+        codes = encode(x, shared, np.int32(2 ** (SHIFT - 1)), signed)
+        return from_groups(codes, shared, signed)
+
+    shared = shared_exponents(jnp.max(key(x, v), axis=-1, keepdims=True), signed)
+    # Codes stay what they were, though the largest may have been rounded down to where
+    # a smaller exponent would do.
+    stays = grouped(numbers(coded(shared + 1))) == x
+    shared += stays.all(-1, keepdims=True)
+    return coded(jnp.where(is_bad.any(-1, keepdims=True), ALL_NAN, shared))
 
 
 # In the following, codes and exponents are int32, so that kernels call the same; the

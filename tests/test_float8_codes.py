@@ -253,3 +253,16 @@ def test_momentum_is_limited_as_cauchy_and_schwarz_say():
         np.testing.assert_allclose(limit, m / np.sqrt(v), rtol=1e-5)
     for b1, b2 in ((0.9, 0.81), (0.9, 0.5), (0.0, 0.0)):
         assert _arithmetic.largest_momentum(b1, b2, float32) > 1e19
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("spread", [1, 4, 12])
+def test_what_was_dequantized_stays(signed, spread):
+    """Though the largest number of every 20th group had been rounded down a step."""
+    x = jnp.exp(spread * noise((1500, 128)))
+    x = x * jnp.sign(noise(x.shape, 1)) if signed else x
+    once = Float8Array.quantize(x, signed=signed).dequantize()
+    twice = Float8Array.quantize(once, signed=signed).dequantize()
+    np.testing.assert_array_equal(once, twice)
+    ones = Float8Array.quantize(jnp.ones((1, 128)), signed=signed).dequantize()
+    np.testing.assert_array_equal(ones, 1 - 2**-15 if signed else 1)
