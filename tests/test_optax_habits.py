@@ -65,6 +65,27 @@ def test_injected_b3_of_0(factory):
     assert optax.tree.get(state, "bound") is None
 
 
+def test_restarted_schedules_warm_up():
+    """Inside the schedule, or by the one count that inject_hyperparams has."""
+
+    def restarted(tx, edit=lambda state: state):
+        _, state = follow(tx, steps=20)
+        updates, _ = tx.update(GRADIENTS, edit(state), PARAMS)
+        return np.abs(updates["b"])
+
+    once = optax.cosine_decay_schedule(0.1, 20)
+    expected = restarted(adamod(optax.join_schedules([once, once], [20]), b3=0.9))
+    assert np.all(expected < 0.04)
+    tx = optax.inject_hyperparams(adamod, static_args="b3")(once, b3=0.9)
+    first = tx.init(PARAMS).hyperparams_states
+    actual = restarted(tx, lambda state: state._replace(hyperparams_states=first))
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)
+    # What the page warns of: the schedule's own count alone.
+    start = optax.ScaleByScheduleState(jnp.int32(0))
+    unwarmed = restarted(adamod(once, b3=0.9), lambda state: (state[0], start))
+    np.testing.assert_allclose(unwarmed, 0.1, rtol=1e-3)
+
+
 def test_injected_schedule_and_dtypes():
     schedule = optax.linear_schedule(0.0, 0.1, 3)
     injected, state = follow(
