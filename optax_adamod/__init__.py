@@ -7,6 +7,7 @@ from optax_adamod._adamod import scale_by_adamod as scale_by_adamod
 from optax_adamod._aliases import adamod as adamod
 from optax_adamod._aliases import adamodw as adamodw
 from optax_adamod._conversions import from_adam as from_adam
+from optax_adamod._conversions import from_adamod as from_adamod
 from optax_adamod._conversions import from_torch as from_torch
 from optax_adamod._diagnostics import HeldByBound as HeldByBound
 from optax_adamod._diagnostics import LearningRates as LearningRates

@@ -261,7 +261,8 @@ def scale_by_adamod(
       TypeError: If an argument is not a number; if a decay rate or an epsilon is
         an array of less than 32 bits, or an accumulator cannot have its dtype.
         From ``init``, if a parameter is neither floating nor complex. From ``update``,
-        if a gradient and its parameter differ in kind, or the state is not AdaMod's.
+        if a gradient and its parameter differ in kind, the state is not AdaMod's, or
+        its dtypes are not those of the settings.
 
     Examples:
       >>> import jax
@@ -307,11 +308,10 @@ def scale_by_adamod(
     bound_dtype = _checks.rate_dtype("bound_dtype", bound_dtype)
     _checks.signs("bound_learning_rate", bound_learning_rate, bound_dtype)
     bounded = hyperparameters.bounded
+    dtypes = {"mu": mu_dtype, "nu": nu_dtype, "bound": bound_dtype}
 
     def init_fn(params):
-        _checks.parameters(
-            params, mu_dtype=mu_dtype, nu_dtype=nu_dtype, bound_dtype=bound_dtype
-        )
+        _checks.parameters(params, dtypes)
 
         def zeros(dtype_of, *, signed=False):
             return jax.tree.map(
@@ -329,7 +329,6 @@ def scale_by_adamod(
         )
 
     def update_fn(updates, state, params=None):
-        del params
         _checks.state_of_adamod(state, bounded)
         count = optax.safe_increment(state.count)
         words = Seed.of_step(count)
@@ -347,16 +346,22 @@ def scale_by_adamod(
             averages["bound"] = state.bound
         _checks.same_structure(gradients, treedef, averages)
         stored = zip(*map(treedef.flatten_up_to, averages.values()), strict=True)
+        try:
+            params = treedef.flatten_up_to(params)
+        except ValueError:  # None, or another tree, which is not needed
+            params = [None] * len(gradients)
         leaves = []
         # Widening is intended here, even if the user's code forbids it.
         with jax.numpy_dtype_promotion("standard"):
-            for (path, g), leaf in zip(gradients, stored, strict=True):
+            for (path, g), p, leaf in zip(gradients, params, stored, strict=True):
                 leaf = tuple(map(_float8.as_float8, leaf))
                 mu, nu, bound = leaf if bounded else (*leaf, None)
                 if g is None:
                     leaves.append((None, mu, nu, bound))
                     continue
-                _checks.gradient(path, g, **dict(zip(averages, leaf, strict=True)))
+                named = dict(zip(averages, leaf, strict=True))
+                _checks.gradient(path, g, **named)
+                _checks.storage(path, p, dtypes, **named)
                 seed = words, Seed.of_leaf(path)
                 here = step(real_dtype(g, *leaf))
                 new, average = _update_leaf(

@@ -133,7 +133,8 @@ def adamod(
       TypeError: If an argument is not a number; if a decay rate or an epsilon is
         an array of less than 32 bits, or an accumulator cannot have its dtype.
         From ``init``, if a parameter is neither floating nor complex. From ``update``,
-        if a gradient and its parameter differ in kind, or the state is not AdaMod's.
+        if a gradient and its parameter differ in kind, the state is not AdaMod's, or
+        its dtypes are not those of the settings.
 
     Examples:
       >>> import jax
@@ -264,7 +265,8 @@ def adamodw(
       TypeError: If an argument is not a number; if a decay rate or an epsilon is
         an array of less than 32 bits, or an accumulator cannot have its dtype.
         From ``init``, if a parameter is neither floating nor complex. From ``update``,
-        if a gradient and its parameter differ in kind, or the state is not AdaMod's.
+        if a gradient and its parameter differ in kind, the state is not AdaMod's, or
+        its dtypes are not those of the settings.
 
     Examples:
       >>> import jax

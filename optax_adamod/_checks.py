@@ -1,6 +1,7 @@
 """The inputs that the library refuses, and its error messages."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -18,6 +19,7 @@ from optax_adamod._float8 import (
 
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
 _COMPLEX = ("complex64", "complex128")
+_CONVERT = "Convert it with optax_adamod.from_adamod(state, tx.init(params))."
 
 
 def decay_rate(name: str, value: Any) -> float | jax.Array:
@@ -119,7 +121,7 @@ def signs(name: str, learning_rate: Any, bound_dtype: Any) -> None:
         )
 
 
-def parameters(params: Any, **dtypes: Any) -> None:
+def parameters(params: Any, dtypes: Mapping[str, Any]) -> None:
     """Refuses parameter leaves whose averages cannot be kept, in their dtypes."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = f"the parameter at params{jax.tree_util.keystr(path)}"
@@ -138,7 +140,7 @@ def parameters(params: Any, **dtypes: Any) -> None:
                 f"{name} has dtype {dtype}; AdaMod updates arrays of {accepted}. "
                 f"{way_out}"
             )
-        if dtypes["mu_dtype"] == "float8" and jnp.iscomplexobj(leaf):
+        if dtypes["mu"] == "float8" and jnp.iscomplexobj(leaf):
             raise TypeError(
                 f"{name} is complex, and mu_dtype='float8' is for real parameters. Use "
                 "mu_dtype=None for such parameters, by optax.partition; nu_dtype and "
@@ -206,12 +208,13 @@ def state_of_adamod(state: Any, bounded: bool) -> None:
         )
     if bounded and state.bound is None and state.mu is not None:
         raise ValueError(
-            "the state's bound is None, as with b3=0, and this optimizer's b3 is not 0."
+            "the state's bound is None, as with b3=0, and this optimizer's b3 is not "
+            f"0. {_CONVERT}"
         )
     if not bounded and state.bound is not None:
         raise ValueError(
-            "the state has a bound, and this optimizer has none, for its b3 is 0. Drop "
-            "the bound with state._replace(bound=None)."
+            "the state has a bound, and this optimizer has none, for its b3 is 0. "
+            f"{_CONVERT}"
         )
     if jnp.ndim(state.count):
         raise ValueError(
@@ -249,7 +252,7 @@ def gradient(path: Any, g: Any, **averages: jax.Array) -> None:
     """Refuses a gradient that would broadcast, or lose its imaginary part."""
     where = jax.tree_util.keystr(path)
     for field, average in averages.items():
-        shape = _shape_of_average(f"{field}{where}", average)
+        shape = shape_of_average(f"the state's {field}{where}", average)
         if jnp.shape(g) != shape:
             raise ValueError(
                 f"the update at updates{where} has shape {jnp.shape(g)}, but the "
@@ -266,7 +269,46 @@ def gradient(path: Any, g: Any, **averages: jax.Array) -> None:
         )
 
 
-def _shape_of_average(name: str, average: Any) -> tuple[int, ...]:
+def storage(
+    path: Any, p: Any, dtypes: Mapping[str, Any], **averages: jax.Array
+) -> None:
+    """Refuses averages that are known to be stored otherwise than the settings ask.
+
+    Args:
+      path: The path of the leaf.
+      p: The parameter; anything else where it is not known.
+      dtypes: The settings: the dtype of each average, or None.
+      averages: The averages.
+    """
+    dtype = _dtype_of(p)
+    known = dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+    for field, average in averages.items():
+        asked = dtypes[field]
+        if isinstance(average, Float8Array):  # of any shape: shards may be short
+            kept, wanted = "float8", asked or "the dtype of the parameter"
+        elif asked == "float8":
+            kept = jnp.result_type(average)
+            narrowed = is_narrowed(jnp.shape(average))
+            wanted = "float8" if narrowed else np.dtype(np.float32)
+        else:
+            kept = jnp.result_type(average)
+            # Of a parameter that was cast, so init may have seen a wider one.
+            least = [dtype] if known else []
+            if field != "mu":
+                least = [jnp.float32, *(jnp.finfo(x).dtype for x in least)]
+            is_complex = jnp.issubdtype(kept, jnp.complexfloating)
+            wanted = jnp.result_type(
+                *([kept, *least] if asked is None else [asked]),
+                *([jnp.complex64] if is_complex else []),
+            )
+        if kept != wanted:
+            raise TypeError(
+                f"the state's {field}{jax.tree_util.keystr(path)} is in {kept}, and "
+                f"the settings of this optimizer ask for {wanted}. {_CONVERT}"
+            )
+
+
+def shape_of_average(name: str, average: Any) -> tuple[int, ...]:
     """Returns the shape of an average; refuses codes that lack their exponents."""
     if isinstance(average, Float8Array):
         codes, exponents = average.codes, average.exponents
@@ -275,20 +317,20 @@ def _shape_of_average(name: str, average: Any) -> tuple[int, ...]:
                 ("int8", "uint8") if part == "codes" else ("uint8",)
             ):
                 raise TypeError(
-                    f"the {part} of the state's {name} must be an array of 8-bit "
+                    f"the {part} of {name} must be an array of 8-bit "
                     f"integers, got {_brief(array)}. Both parts of a Float8Array "
                     "belong together: restore them with a template, tx.init(params)."
                 )
         if exponents.shape != exponents_shape(codes.shape):
             raise ValueError(
-                f"the state's {name} has codes of shape {codes.shape}, which take "
+                f"{name} has codes of shape {codes.shape}, which take "
                 f"exponents of shape {exponents_shape(codes.shape)}, and its exponents "
                 f"have shape {exponents.shape}."
             )
         return codes.shape
     if not jnp.issubdtype(jnp.result_type(average), jnp.inexact):
         raise TypeError(
-            f"the state's {name} has dtype {jnp.result_type(average)}, which is no "
+            f"{name} has dtype {jnp.result_type(average)}, which is no "
             "average. If these are the codes of a Float8Array, they need its "
             "exponents: restore both with a template, tx.init(params)."
         )

@@ -1,4 +1,4 @@
-"""The states of other optimizers, turned into AdaMod's."""
+"""The states of other optimizers, and in other storage, turned into AdaMod's."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_adamod import _float8
+from optax_adamod import _checks, _float8
 from optax_adamod._adamod import ScaleByAdamodState
 from optax_adamod._diagnostics import INJECTED
-from optax_adamod._float8 import Float8Array
+from optax_adamod._float8 import Float8Array, as_float8, is_float8
+from optax_adamod._rounding import RoundUpdatesStochasticallyState
 
+_STEPS = optax.ScaleByScheduleState, RoundUpdatesStochasticallyState
 _TORCH_NAMES = {"mu": "exp_avg", "nu": "exp_avg_sq", "bound": "exp_avg_lr"}
 
 
@@ -34,11 +36,11 @@ def from_adam(adam_state: optax.OptState, state: optax.OptState) -> optax.OptSta
         ``opt_state`` of the new ``nnx.Optimizer``.
 
     Returns:
-      ``state`` with Adam's averages, in the dtypes and on the devices of ``state``, at
-      Adam's step. Schedules and :func:`optax.inject_hyperparams` go on where they
-      were: at the step of their counterpart in ``adam_state``, or at Adam's. All else
-      is as in ``state``, such as the gradients that :func:`optax.MultiSteps` has
-      accumulated: convert between two updates.
+      ``state`` with copies of Adam's averages, in the dtypes and on the devices of
+      ``state``, at Adam's step. Schedules and :func:`optax.inject_hyperparams` go on
+      where they were: at the step of their counterpart in ``adam_state``, or at Adam's.
+      All else is as in ``state``, such as the gradients that :func:`optax.MultiSteps`
+      has accumulated: convert between two updates.
 
     Raises:
       ValueError: If either state does not hold exactly one such optimizer, or if the
@@ -64,7 +66,7 @@ def from_adam(adam_state: optax.OptState, state: optax.OptState) -> optax.OptSta
       >>> print('Objective function: {:.2f}'.format(jnp.sum(params ** 2)))
       Objective function: 1.10
 
-    .. seealso:: :func:`optax_adamod.from_torch`.
+    .. seealso:: :func:`optax_adamod.from_adamod`, :func:`optax_adamod.from_torch`.
     """
     adam = _only(adam_state, "adam_state", optax.ScaleByAdamState)
     fresh = _only(state, "state", ScaleByAdamodState)
@@ -74,6 +76,60 @@ def from_adam(adam_state: optax.OptState, state: optax.OptState) -> optax.OptSta
     return _replaced(
         state, fresh._replace(mu=mu, nu=nu), step, dict(_counters(adam_state))
     )
+
+
+def from_adamod(adamod_state: optax.OptState, state: optax.OptState) -> optax.OptState:
+    """Turns a state of AdaMod into one of other dtypes.
+
+    From float32 to 8 bits, for instance, and back. Numbers are rounded to the nearest.
+
+    Args:
+      adamod_state: A state that holds one of :func:`optax_adamod.scale_by_adamod`, at
+        any depth, such as one that Orbax restored with the template of the old
+        optimizer.
+      state: A fresh ``tx.init(params)`` of the new optimizer.
+
+    Returns:
+      ``state`` with copies of the averages, in its own dtypes and on its own devices,
+      at the same step. Schedules and all else are as in :func:`from_adam`. Where only
+      ``state`` has a bound, that stays as it is, zero in a fresh state; where it has
+      none, as with ``b3=0``, that of ``adamod_state`` is left out.
+
+    Raises:
+      ValueError: If either state does not hold exactly one AdaMod, or if the states
+        belong to different parameters.
+      TypeError: If codes of 8 bits lack their exponents.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_adamod import adamod, from_adamod
+      >>> params = jnp.ones((2, 128))
+      >>> solver = adamod(0.1)
+      >>> updates, opt_state = solver.update(params, solver.init(params), params)
+      >>> solver = adamod(0.1, nu_dtype='float8', bound_dtype='bfloat16')
+      >>> opt_state = from_adamod(opt_state, solver.init(params))
+      >>> print(opt_state[0].count, opt_state[0].nu, opt_state[0].bound.dtype)
+      1 Float8Array(unsigned float8[2,128], an exponent for each 128) bfloat16
+
+    .. seealso:: :func:`optax_adamod.from_adam`, :func:`optax_adamod.Float8Array`.
+    """
+    old = _only(adamod_state, "adamod_state", ScaleByAdamodState)
+    fresh = _only(state, "state", ScaleByAdamodState)
+    averages = {
+        field: _like(
+            getattr(fresh, field),
+            average,
+            f"adamod_state's {field}",
+            nu=old.nu if field == "bound" else None,
+        )
+        for field, average in old._asdict().items()
+        if field != "count"
+        and average is not None
+        and getattr(fresh, field) is not None
+    }
+    (step,) = jax.tree.leaves(old.count)
+    steps = dict(_counters(adamod_state))
+    return _replaced(state, fresh._replace(**averages), step, steps)
 
 
 def from_torch(
@@ -171,7 +227,7 @@ def _counters(state: Any, prefix: str = "") -> Iterator[tuple[Any, Any]]:
 
 
 def _is_counter(x: Any) -> bool:
-    return isinstance(x, (ScaleByAdamodState, optax.ScaleByScheduleState, *INJECTED))
+    return isinstance(x, (ScaleByAdamodState, *_STEPS, *INJECTED))
 
 
 def _replaced(
@@ -193,7 +249,7 @@ def _replaced(
         if isinstance(x, ScaleByAdamodState):
             return adamod._replace(count=counted(step, x.count))
         here = steps.get((place, type(x)), step)
-        if isinstance(x, optax.ScaleByScheduleState):
+        if isinstance(x, _STEPS):
             return x._replace(count=counted(here, x.count))
         inner_place = f"{place}.inner_state"
         inner = _replaced(x.inner_state, adamod, step, steps, inner_place)
@@ -219,9 +275,15 @@ def _replaced(
 def _placed(new: Any, old: Any, v: Any = None) -> Any:
     """Returns ``new`` in the dtype and on the devices of ``old``; a bound by its v."""
     if isinstance(old, Float8Array):
-        quantized = _float8.nearest(jnp.asarray(new), old.signed, v)
-        return jax.tree.map(_placed, quantized, old)
-    new = new.astype(old.dtype)
+        if not isinstance(new, Float8Array):
+            new = _float8.nearest(jnp.asarray(new), old.signed, v)
+        return jax.tree.map(_placed, new, old)
+    # A copy, so that to donate the one state is not to delete the other.
+    new = (
+        new.astype(old.dtype)
+        if isinstance(new, np.ndarray)
+        else jnp.array(new, old.dtype)
+    )
     if isinstance(old, jax.core.Tracer) or not getattr(old, "committed", False):
         return jnp.asarray(new)
     return jax.device_put(new, old.sharding)
@@ -253,9 +315,7 @@ def _read(
     for name, (index, group) in zip(names, indices, strict=True):
         stored = state_dict["state"].get(index, {})
         _check_keys(name, stored)
-        if "step" not in stored and "step" not in group:
-            raise ValueError(f"neither the state of {name!r} nor its group has a step.")
-        steps[name] = int(stored["step"] if "step" in stored else group["step"])
+        steps[name] = _step(name, stored.get("step", group.get("step")))
         for key, values in averages.items():
             values[name] = np.asarray(stored[key])
             if np.iscomplexobj(values[name]):
@@ -266,6 +326,16 @@ def _read(
     if len(set(steps.values())) != 1:
         raise ValueError(f"all parameters must be at one step, and are at {steps}.")
     return steps[names[0]], averages
+
+
+def _step(name: str, step: Any) -> int:
+    """Returns the step, a number, or a tensor or an array of one."""
+    if step is None:
+        raise ValueError(f"neither the state of {name!r} nor its group has a step.")
+    step = np.asarray(step)
+    if step.size != 1 or step.dtype.kind not in "iuf" or step.item() % 1:
+        raise ValueError(f"the step of {name!r} must be one whole number, got {step}.")
+    return int(step.item())
 
 
 def _check_keys(name: str, stored: Mapping[str, Any]) -> None:
@@ -300,36 +370,36 @@ def _like(
       name: What the user calls ``tree``.
       nu: For a bound, the average of squares that goes with it.
     """
-    fresh_treedef = jax.tree.structure(fresh, is_leaf=_is_array)
-    structures = jax.tree.structure(tree), fresh_treedef
+    fresh_treedef = jax.tree.structure(fresh, is_leaf=is_float8)
+    structures = jax.tree.structure(tree, is_leaf=is_float8), fresh_treedef
     if structures[0] != structures[1]:
         raise ValueError(
             f"{name} is {structures[0]}, and the parameters are {structures[1]}."
         )
 
     def convert(path: Any, old: Any, new: Any, v: Any = None) -> Any:
-        if jnp.shape(new) != old.shape:
+        new, name_here = as_float8(new), f"{name} at {jax.tree_util.keystr(path)}"
+        shape = _checks.shape_of_average(name_here, new)
+        if shape != old.shape:
             raise ValueError(
-                f"{name} at {jax.tree_util.keystr(path)} has shape {jnp.shape(new)}, "
-                f"and the parameter has {old.shape}."
+                f"{name_here} has shape {shape}, and the parameter has {old.shape}."
             )
-        is_real = isinstance(old, Float8Array) or not jnp.iscomplexobj(old)
-        if jnp.iscomplexobj(new) and is_real:
-            raise ValueError(
-                f"{name} at {jax.tree_util.keystr(path)} is complex, and the parameter "
-                "is real."
-            )
+        if isinstance(new, Float8Array):
+            return _placed(new if is_float8(old) else new.dequantize(), old)
+        if jnp.iscomplexobj(new) and (is_float8(old) or not jnp.iscomplexobj(old)):
+            raise ValueError(f"{name_here} is complex, and the parameter is real.")
         new = new if isinstance(new, jax.Array) else np.asarray(new)
+        v = v.dequantize() if isinstance(v := as_float8(v), Float8Array) else v
         placed = _placed(new, old, v)
         if v is not None and isinstance(old, Float8Array):
-            _check_bound(path, name, placed, new, v)
+            _check_bound(name_here, placed, new, v)
         return placed
 
     trees = (tree,) if nu is None else (tree, nu)
-    return jax.tree.map_with_path(convert, fresh, *trees, is_leaf=_is_array)
+    return jax.tree.map_with_path(convert, fresh, *trees, is_leaf=is_float8)
 
 
-def _check_bound(path: Any, name: str, placed: Float8Array, s: Any, v: Any) -> None:
+def _check_bound(name: str, placed: Float8Array, s: Any, v: Any) -> None:
     """Refuses 8 bits for a bound that they would loosen, unless its values are traced.
 
     Numbers far below their group's largest become the smallest code.
@@ -337,12 +407,7 @@ def _check_bound(path: Any, name: str, placed: Float8Array, s: Any, v: Any) -> N
     loose = jnp.sum((placed.dequantize() > 2 * s) & (v != 0))
     if not isinstance(loose, jax.core.Tracer) and loose:
         raise ValueError(
-            f"{name} at {jax.tree_util.keystr(path)} cannot be kept in 8 bits: "
-            f"{loose} of its bounds would more than double, for they are "
-            "below 2**-34 of their group's largest. Make the optimizer with "
-            "bound_dtype='bfloat16'."
+            f"{name} cannot be kept in 8 bits: {loose} of its bounds would more than "
+            "double, for they are below 2**-34 of their group's largest. Make the "
+            "optimizer with bound_dtype='bfloat16'."
         )
-
-
-def _is_array(x: Any) -> bool:
-    return isinstance(x, Float8Array)

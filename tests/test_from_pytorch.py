@@ -225,6 +225,42 @@ def test_what_does_not_fit_is_refused(edit, message):
         convert(edited(edit))
 
 
+class Tensor:
+    """As far as NumPy needs to know one of PyTorch."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.value, dtype)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        int, float, np.int64, np.float32, np.asarray, jnp.asarray, Tensor,
+        lambda x: np.full(1, x), lambda x: np.full((1, 1), x, np.float32),
+        lambda x: Tensor([float(x)]),
+    ],
+)  # fmt: skip
+def test_forms_of_the_step(form):
+    for package in ("adamod", "pytorch_optimizer"):  # by parameter, and by group
+
+        def edit(states, groups):
+            for holder in (*states.values(), *groups):
+                if "step" in holder:
+                    holder["step"] = form(30)
+
+        assert optax.tree.get(convert(edited(edit, package)), "count") == 30
+
+
+@pytest.mark.parametrize("step", [[3, 4], [], 7.5, np.nan, "30", True, None], ids=str)
+def test_other_steps_are_refused(step):
+    message = "neither" if step is None else "step of '2.weight' must be one whole num"
+    with pytest.raises(ValueError, match=message):
+        convert(edited(lambda states, _: states[2].update(step=step)))
+
+
 def test_steps_of_groups_may_not_differ():
     def split(_, groups):
         del groups[0]["param_names"]

@@ -93,6 +93,9 @@ TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md"]
 LINKED = [ROOT / "README.md", *TEXTS, *sorted(ROOT.glob("*/README.md"))]
 
 
+HEADS = {"query": jnp.ones((8, 2, 64)), "up": jnp.ones((8, 256))}
+
+
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
 def test_code_of_pages_runs(path, tmp_path, capsys):
     """Block after block, with what a page takes for granted."""
@@ -110,6 +113,7 @@ def test_code_of_pages_runs(path, tmp_path, capsys):
             "optax": optax, "params": params, "tx": optax_adamod.adamod(0.1),
             "adam_state": adam.update(params, adam.init(params), params)[1],
         },
+        "memory.md": dict.fromkeys(("params", "gradients"), HEADS),
         "pods.md": {
             "jax": jax, "optax": optax, "folder": tmp_path, "mesh": mesh,
             "params": jax.device_put(params, replicated),
@@ -120,6 +124,11 @@ def test_code_of_pages_runs(path, tmp_path, capsys):
     namespace = dict(granted.get(path.name, {}))
     for block in code:
         exec(compile(block, path.name, "exec"), namespace)
+    if path.name == "memory.md":
+        assert namespace["share"] == 2 / 3
+        in_8_bits = optax.tree.get(namespace["state"], "nu")["query"]
+        assert isinstance(in_8_bits, optax_adamod.Float8Array)
+        chex.assert_trees_all_equal_shapes(namespace["updates"], HEADS)
     if path.name == "pods.md":
         state, restored = namespace["state"], namespace["restored"]
         chex.assert_trees_all_equal(restored, {"params": params, "opt_state": state})
@@ -129,6 +138,36 @@ def test_code_of_pages_runs(path, tmp_path, capsys):
     if path.name == "watching.md":
         (output,) = re.findall(r"^```text\n(.*?)\n```", path.read_text(), re.M | re.S)
         assert capsys.readouterr().out.strip() == output
+
+
+def test_share_of_gpt2_in_8_bits():
+    """In Flax's shapes: heads apart, and logits apart from the embedding."""
+
+    def shapes(**leaves):
+        return {k: jax.ShapeDtypeStruct(x, jnp.float32) for k, x in leaves.items()}
+
+    width, heads = 768, (12, 64)
+    norm, head = {"scale": (width,), "bias": (width,)}, (width, *heads)
+    block = [
+        *[shapes(kernel=head, bias=heads)] * 3,
+        shapes(kernel=(*heads, width), bias=(width,)),
+        shapes(kernel=(width, 4 * width), bias=(4 * width,)),
+        shapes(kernel=(4 * width, width), bias=(width,)),
+        *[shapes(**norm)] * 2,
+    ]
+    others = shapes(tokens=(50257, width), positions=(1024, width), **norm)
+    params = [[block] * 12, others, shapes(logits=(width, 50257))]
+    page = (ROOT / "docs" / "memory.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.M)
+    (first, *_), (code,) = blocks, [x for x in blocks if "share = " in x]
+    namespace = {"params": params}
+    for each in (first, code):
+        exec(compile(each, "memory.md", "exec"), namespace)
+    state = jax.tree.leaves(jax.eval_shape(namespace["tx"].init, params))
+    size = sum(x.size for x in jax.tree.leaves(params))
+    bytes_per_parameter = sum(x.size * x.dtype.itemsize for x in state) / size
+    assert f"{namespace['share']:.0%}".replace("%", " %") in page
+    assert f"{bytes_per_parameter:.2f} bytes per parameter" in page
 
 
 FACTORIES = {
@@ -231,8 +270,8 @@ def test_public_names_are_in_readme():
     }  # fmt: skip
     functions = {
         "adamod", "adamodw", "scale_by_adamod",
-        "learning_rates", "log10_histogram", "held_by_bound", "from_adam", "from_torch",
-        "round_updates_stochastically",
+        "learning_rates", "log10_histogram", "held_by_bound", "from_adam",
+        "from_adamod", "from_torch", "round_updates_stochastically",
     }  # fmt: skip
     assert set(public) == states | functions
     for name in functions:
