@@ -3,10 +3,14 @@
 import os
 
 import hypothesis
-import jax
 import pytest
 
-jax.config.update("jax_num_cpu_devices", 8)
+# Processes share a GPU, of which each would take three quarters.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", int(os.getenv("JAX_NUM_CPU_DEVICES", "8")))
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Compilation makes the first example of a property slow; seeds are fixed.
@@ -23,12 +27,19 @@ def pytest_ignore_collect(collection_path):
     return None
 
 
+GPU_SHARE = 4e9  # bytes for each process; 14 on an H100 had 5.7e9
+
+
 def pytest_xdist_auto_num_workers(config):
-    """One process for each core, where they share neither accelerator nor deadline."""
+    """As many processes as cores and a GPU's memory allow; a TPU belongs to one."""
     everyday = config.option.markexpr == "not clients and not compiled and not slow"
-    if not everyday or jax.default_backend() != "cpu":
+    platform, cores = jax.default_backend(), os.cpu_count() or 1
+    if not everyday or platform not in ("cpu", "gpu"):
         return 0
-    return min(os.cpu_count() or 1, 4)
+    if platform == "cpu":
+        return min(cores, 4)
+    memory = jax.local_devices()[0].memory_stats()["bytes_limit"]
+    return max(1, min(cores, int(memory / GPU_SHARE)))
 
 
 @pytest.fixture(autouse=True)

@@ -169,7 +169,10 @@ def _zeros(param: Any, dtype: np.dtype, shape: tuple[int, ...]) -> jax.Array:
             return jax.make_array_from_callback(
                 shape, sharding, lambda index: zeros[index]
             )
-        if isinstance(sharding, NamedSharding) and sharding.num_devices > 1:
+        if isinstance(sharding, NamedSharding):
+            # Of one device too: a mesh with explicit axes is part of the type.
+            if sharding.num_devices == 1:
+                return jnp.zeros(shape, dtype, device=sharding)
             # Outside jit, jnp.zeros_like makes all of them on one device, and copies.
             zeros = jax.jit(
                 functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding

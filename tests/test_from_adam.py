@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from meshes import make_mesh
 from optax_adamod import (
     ScaleByAdamodState,
     adamod,
@@ -135,8 +136,8 @@ def test_averages_take_the_dtypes_of_the_new_state():
     )
 
 
-def test_averages_are_placed_as_the_new_state(eight_devices):
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+def test_averages_are_placed_as_the_new_state():
+    mesh = make_mesh(("x",))
     sharding = NamedSharding(mesh, PartitionSpec("x"))
     params = {"w": jnp.arange(16.0)}
     fresh = adamod(0.1).init(jax.device_put(params, sharding))

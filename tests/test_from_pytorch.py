@@ -16,8 +16,9 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from meshes import make_mesh
 from optax_adamod import adamod, adamodw, from_torch, scale_by_adamod
 from reference import RELEASE
 
@@ -119,8 +120,8 @@ def test_a_model_goes_on(package, x64):
         chex.assert_trees_all_close(params, expected, rtol=0, atol=1e-11)
 
 
-def test_the_fresh_state_gives_dtypes_and_shardings(eight_devices):
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+def test_the_fresh_state_gives_dtypes_and_shardings():
+    mesh = make_mesh(("data",))
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     params = {"w": jax.device_put(np.zeros(16, np.float32), sharding)}
     fresh = adamod(1e-3, mu_dtype="bfloat16").init(params)

@@ -14,11 +14,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from meshes import COUNT, make_mesh
 from optax_adamod import _kernels, adamod, scale_by_adamod
 
 FLOAT8 = {f"{name}_dtype": "float8" for name in ("mu", "nu", "bound")}
 FORMS = pytest.mark.parametrize("form", ["gpu", "tpu"])
-EIGHT = pytest.mark.usefixtures("eight_devices")
 
 
 def noise(shape, seed=0):
@@ -96,7 +96,6 @@ def test_extreme_gradients(form):
 SPECS = [P("x"), P("x", "y"), P(None, ("x", "y")), P(), P(("x", "y"))]
 
 
-@EIGHT
 @FORMS
 @pytest.mark.parametrize(
     ("types", "spec"),
@@ -113,7 +112,7 @@ def test_sharded_codes_are_those_of_one_device(form, types, spec):
     tx = adamod(0.1, b3=0.9, **FLOAT8)
     gradients = [noise((16, 1024), i) for i in range(2)]
     expected = steps("xla", tx, gradients)
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=types)
+    mesh = make_mesh(("x", "y"), types)
     with jax.set_mesh(mesh):
         sharding = NamedSharding(mesh, spec)
         sharded = [jax.device_put(g, sharding) for g in gradients]
@@ -127,12 +126,11 @@ def test_sharded_codes_are_those_of_one_device(form, types, spec):
         assert f"{collective}(" not in text
 
 
-@EIGHT
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("how", ["shard_map", "vmap of shard_map", "pmap"])
 def test_inside_shard_map_and_pmap(how, check_vma):
     """Each shard is a leaf, whose rows are numbered from 0."""
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh(("x",))
     tx = scale_by_adamod(b3=0.9, **FLOAT8)
 
     def one_step(g):
@@ -141,7 +139,7 @@ def test_inside_shard_map_and_pmap(how, check_vma):
     def run(form):
         with _kernels.forced(form):
             if how == "pmap":  # of a function of its own, so that nothing is remembered
-                return jax.pmap(lambda g: one_step(g))(noise((8, 2, 256)))
+                return jax.pmap(lambda g: one_step(g))(noise((COUNT, 2, 256)))
             f = jax.shard_map(
                 one_step, mesh=mesh, in_specs=P("x"), out_specs=P("x"),
                 check_vma=check_vma,

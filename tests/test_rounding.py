@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from close import assert_equal_but_for_few_roundings
+from meshes import COUNT, make_mesh
 from nearest import rounded_to_nearest
 from optax_adamod import _storage, adamod, scale_by_adamod
 
@@ -195,8 +196,7 @@ def test_bits_do_not_depend_on_how_they_are_computed():
     eager = random_bits(shape, 5, 2)
     jitted = jax.jit(lambda count: random_bits(shape, count, 2))(5)
     chex.assert_trees_all_equal(jitted, eager)
-    assert jax.device_count() == 8 or jax.default_backend() != "cpu"
-    mesh = jax.make_mesh((jax.device_count(),), ("x",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh(("x",))
     sharded = jax.jit(
         lambda count: random_bits(shape, count, 2),
         out_shardings=NamedSharding(mesh, P("x")),
@@ -342,10 +342,8 @@ def trained():
     ids=str,
 )
 def test_sharded_updates_are_rounded_by_the_same_bits(trained, axis_type, spec):
-    if jax.device_count() < 8:
-        pytest.skip("8 devices make the mesh; the default of 8 CPU devices has them")
     params, expected = trained
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
+    mesh = make_mesh(("x", "y"), axis_type)
     with jax.set_mesh(mesh):
         sharding = NamedSharding(mesh, spec)
         actual = train(jax.device_put(params, sharding))
@@ -364,7 +362,6 @@ def agreement(codes):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8"])
 def test_shards_and_members_round_by_bits_of_their_own(dtype):
     """And replicas by the same, though all have equal gradients."""
-    devices = jax.device_count()
     tx = scale_by_adamod(bound_dtype=dtype, b3=0.9)
     g = jnp.linspace(0.1, 1, 256).reshape(1, 256)
 
@@ -377,7 +374,7 @@ def test_shards_and_members_round_by_bits_of_their_own(dtype):
     assert agreement(members) < 0.9
     nested = jax.jit(jax.vmap(jax.vmap(bound)))(jnp.stack([jnp.stack([g] * 2)] * 4))
     assert agreement(nested.reshape(8, -1)) < 0.9
-    mesh = jax.make_mesh((devices,), ("x",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh(("x",))
 
     def sharded(spec, g):
         return jax.jit(jax.shard_map(bound, mesh=mesh, in_specs=spec, out_specs=spec))(
@@ -388,8 +385,8 @@ def test_shards_and_members_round_by_bits_of_their_own(dtype):
     chex.assert_trees_all_close(*jax.device_get((replicas, alone)), rtol=0.2)
     for copy in replicas.addressable_shards:
         np.testing.assert_array_equal(copy.data, replicas)
-    shards = sharded(P("x"), jnp.tile(g, (devices, 1))).reshape(devices, -1)
-    if devices > 1:
+    shards = sharded(P("x"), jnp.tile(g, (COUNT, 1))).reshape(COUNT, -1)
+    if COUNT > 1:
         assert agreement(shards) < 0.9
 
 

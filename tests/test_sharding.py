@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from close import assert_few_units_apart
+from meshes import COUNT, make_mesh
 from optax_adamod import (
     adamod,
     adamodw,
@@ -45,11 +46,7 @@ PAIRS = pytest.mark.parametrize(
 )
 CONVENTIONS = pytest.mark.parametrize("convention", ["paper", "torch"])
 
-pytestmark = pytest.mark.usefixtures("eight_devices")
-
-
-def make_mesh(axis_type=AxisType.Auto):
-    return jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(axis_type,) * 2)
+AXIS_NAMES = ("fsdp", "data")
 
 
 def arrays(step=0):
@@ -83,7 +80,7 @@ def train(tx, put, steps=3):
 @PAIRS
 def test_types_of_the_state_never_change(axis_type, dtypes, jitted):
     """Shape, dtype and, with explicit axes, sharding are an array's type."""
-    mesh = make_mesh(axis_type)
+    mesh = make_mesh(AXIS_NAMES, axis_type)
     tx = adamodw(0.1, **dtypes)
     init, update = (jax.jit(tx.init), jax.jit(tx.update)) if jitted else tx
     with jax.set_mesh(mesh):
@@ -100,7 +97,7 @@ def test_types_of_the_state_never_change(axis_type, dtypes, jitted):
 @PAIRS
 def test_state_is_sharded_as_its_parameters(axis_type, dtypes, jitted):
     """From init on, where no device may hold, or send, more than its own shards."""
-    mesh = make_mesh(axis_type)
+    mesh = make_mesh(AXIS_NAMES, axis_type)
     tx = scale_by_adamod(**dtypes)
     params = shard(arrays(), mesh)
     with jax.set_mesh(mesh), jax.transfer_guard_device_to_device("disallow_explicit"):
@@ -110,12 +107,12 @@ def test_state_is_sharded_as_its_parameters(axis_type, dtypes, jitted):
         for average in averages(each).values():
             for name, leaf in average.items():
                 assert leaf.sharding.is_equivalent_to(params[name].sharding, leaf.ndim)
-                assert len(leaf.addressable_shards) == 8
+                assert len(leaf.addressable_shards) == COUNT
 
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_init_keeps_the_kind_of_memory(sharded):
-    mesh = make_mesh()
+    mesh = make_mesh(AXIS_NAMES)
     params = shard(arrays(), mesh) if sharded else jax.tree.map(jnp.asarray, arrays())
     params = {
         k: jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
@@ -133,7 +130,7 @@ def test_init_keeps_the_kind_of_memory(sharded):
 )
 def test_averages_in_host_memory():
     """As docs/pods.md has it: the same updates, and the state stays on the host."""
-    mesh, tx = make_mesh(), adamod(0.1, b3=0.9)
+    mesh, tx = make_mesh(AXIS_NAMES), adamod(0.1, b3=0.9)
     expected, _, expected_state = train(tx, lambda tree: shard(tree, mesh))
     params = shard(arrays(), mesh)
     state = tx.init(params)
@@ -161,7 +158,7 @@ def test_averages_in_host_memory():
 
 
 def test_state_made_under_jit_takes_the_shardings_asked_for():
-    mesh = make_mesh()
+    mesh = make_mesh(AXIS_NAMES)
     tx = scale_by_adamod()
     shardings = {k: NamedSharding(mesh, spec) for k, spec in SPECS.items()}
     state = jax.jit(
@@ -185,7 +182,7 @@ def test_the_same_as_on_one_device(axis_type, convention):
     """
     tx = adamodw(optax.linear_schedule(0.1, 0.0, 8), b3=0.9, convention=convention)
     expected = train(tx, lambda tree: jax.device_put(tree, jax.devices()[0]))
-    mesh = make_mesh(axis_type)
+    mesh = make_mesh(AXIS_NAMES, axis_type)
     with jax.set_mesh(mesh):
         actual = train(tx, lambda tree: shard(tree, mesh))
     assert_few_units_apart(actual, expected)
@@ -195,7 +192,7 @@ def test_the_same_as_on_one_device(axis_type, convention):
 @AXES
 @STATES
 def test_no_collective_in_the_compiled_update(axis_type, dtypes):
-    mesh = make_mesh(axis_type)
+    mesh = make_mesh(AXIS_NAMES, axis_type)
     tx = adamodw(0.1, **dtypes)
 
     def step(params, state, gradients):
@@ -210,15 +207,15 @@ def test_no_collective_in_the_compiled_update(axis_type, dtypes):
         text = lowered.compile().as_text()
         # What is looked for is there to be found where parts are added up.
         norm = jax.jit(optax.tree.norm).lower(params).compile().as_text()
-    assert COLLECTIVE.search(norm)
+    assert bool(COLLECTIVE.search(norm)) == (COUNT > 1)
     assert not COLLECTIVE.findall(text)
 
 
 @AXES
 @pytest.mark.parametrize("in_context", [True, False])
 def test_no_collective_in_8_bits_whatever_the_rows(axis_type, in_context):
-    """Of 96 rows each device has 12, which are no whole tiles of 8."""
-    mesh = make_mesh(axis_type)
+    """Of 96 rows each of 8 devices has 12, which are no whole tiles of 8."""
+    mesh = make_mesh(AXIS_NAMES, axis_type)
     tx = adamod(0.1, **FLOAT8)
     rows = NamedSharding(mesh, P(("data", "fsdp")))
     with jax.set_mesh(mesh) if in_context else contextlib.nullcontext():
@@ -239,19 +236,23 @@ def test_no_collective_in_8_bits_whatever_the_rows(axis_type, in_context):
 )
 def test_no_device_computes_more_than_its_shards(axis_type, tx):
     """Of the random bits neither, which come from the shape alone."""
-    mesh = make_mesh(axis_type)
+    mesh = make_mesh(AXIS_NAMES, axis_type)
     with jax.set_mesh(mesh):
         sharding = NamedSharding(mesh, P("data", "fsdp"))
         params = jax.device_put(jnp.ones((32, 1024), "bfloat16"), sharding)
         updates, state = jax.device_put(jnp.ones((32, 1024)), sharding), tx.init(params)
         lowered = jax.jit(tx.update).lower(updates, state, params)
         text = lowered.compile().as_text()
-    assert "[16,256]" in text
-    assert "[32,1024]" not in text
+    rows, columns = sharding.shard_shape((32, 1024))
+    assert f"[{rows},{columns}]" in text
+    assert ("[32,1024]" in text) == (COUNT == 1)
 
 
-def test_explicit_shards_outside_the_context_of_their_mesh():
-    sharding = NamedSharding(make_mesh(AxisType.Explicit), P("data", "fsdp"))
+@pytest.mark.parametrize("devices", sorted({1, COUNT}))
+def test_explicit_shards_outside_the_context_of_their_mesh(devices):
+    """A mesh of one device is part of the type too."""
+    mesh = make_mesh(AXIS_NAMES, AxisType.Explicit, devices)
+    sharding = NamedSharding(mesh, P("data", "fsdp"))
     params = jax.device_put(jnp.ones((32, 1024), "bfloat16"), sharding)
     tx = optax.chain(scale_by_adamod(**FLOAT8), round_updates_stochastically())
     updates, state = tx.update(params, tx.init(params), params)
@@ -260,8 +261,8 @@ def test_explicit_shards_outside_the_context_of_their_mesh():
 
 
 def test_ensemble_sharded_over_devices():
-    """Eight members, one on each device: each as if it were alone."""
-    mesh = make_mesh()
+    """Eight members, shared out to the devices: each as if it were alone."""
+    mesh = make_mesh(AXIS_NAMES)
     tx = adamod(0.1, b3=0.9)
     over = NamedSharding(mesh, P(("data", "fsdp")))
     members = [arrays(seed) for seed in range(8)]
@@ -286,9 +287,9 @@ def test_ensemble_sharded_over_devices():
 @pytest.mark.parametrize("how", ["pmap", "shard_map"])
 def test_data_parallel_replicas_stay_alike(how):
     """Every replica averages the gradients of all, and takes the same step."""
-    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh(("batch",))
     tx = adamod(0.1, b3=0.9)
-    gradients = np.random.default_rng(0).normal(size=(3, 8, 16)).astype(np.float32)
+    gradients = np.random.default_rng(0).normal(size=(3, COUNT, 16)).astype(np.float32)
     params = np.linspace(-1, 1, 16, dtype=np.float32)
 
     def step(params, state, g):
@@ -313,6 +314,6 @@ def test_data_parallel_replicas_stay_alike(how):
     chex.assert_trees_all_close((actual, state), (expected, one_state), rtol=1e-5)
     for leaf in jax.tree.leaves((actual, state)):
         copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
-        assert len(copies) == 8
+        assert len(copies) == COUNT
         for copy in copies:
             np.testing.assert_array_equal(copy, copies[0])
