@@ -1,17 +1,20 @@
 """How programs are timed: in samples that are long enough, each warmed up."""
 
+import concurrent.futures
+import contextlib
+import functools
 import math
+import multiprocessing
 import statistics
 import time
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 
 from benchmarks import trees
-from benchmarks.optimizers import DONATED, step
+from benchmarks.optimizers import DONATED, Updates
 
 SAMPLE_SECONDS = 5e-3  # a sample is of as many steps as take about this long
 
@@ -24,21 +27,35 @@ class Timed(Protocol):
 
 
 class Update:
-    """Updates of parameters by an Optax optimizer."""
+    """Updates of parameters by an optimizer of JAX.
 
-    def __init__(self, tx: optax.GradientTransformation, tree: trees.Tree):
+    Attributes:
+      gradients: One for each leaf, of its dtype; those that are given are shared.
+      compile_seconds: What lowering and compiling took, tracing included.
+    """
+
+    def __init__(self, optimizer: Updates, tree: trees.Tree, given: Any | None = None):
+        given = gradients(tree) if given is None else given
         self.gradients = {
-            name: jnp.asarray(value) for name, value in gradients(tree).items()
+            name: given[name].astype(leaf.dtype) for name, leaf in tree.items()
         }
         self.params = jax.tree.map(jnp.zeros_like, self.gradients)
-        self.opt_state = jax.jit(tx.init)(self.params)
-        self.step = jax.jit(step(tx), donate_argnums=DONATED)
+        self.opt_state = jax.jit(optimizer.init)(self.params)
+        jitted = jax.jit(optimizer.step, donate_argnums=DONATED)
+        start = time.perf_counter()
+        lowered = jitted.lower(self.params, self.opt_state, self.gradients)
+        self.step = lowered.compile()
+        self.compile_seconds = time.perf_counter() - start
 
     def run(self, times: int) -> None:
         params, opt_state = self.params, self.opt_state
         for _ in range(times):
             params, opt_state = self.step(params, opt_state, self.gradients)
         self.params, self.opt_state = jax.block_until_ready((params, opt_state))
+
+    def peak(self) -> int | None:
+        """Returns the most bytes that the device has held, if it keeps count."""
+        return device_peak()
 
 
 class Copy:
@@ -57,13 +74,41 @@ class Copy:
         self.x.block_until_ready()
 
 
-def gradients(tree: trees.Tree) -> dict[str, np.ndarray]:
-    """Returns normally distributed values for each leaf."""
-    rng = np.random.default_rng(0)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _normal(seed: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def gradients(tree: trees.Tree) -> dict[str, jax.Array]:
+    """Returns normally distributed values for each leaf, made on the device."""
     return {
-        name: rng.standard_normal(leaf.shape, dtype=np.float32).astype(leaf.dtype)
-        for name, leaf in tree.items()
+        name: _normal(seed, leaf.shape, leaf.dtype)
+        for seed, (name, leaf) in enumerate(tree.items())
     }
+
+
+def device_peak() -> int | None:
+    stats = jax.local_devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] if stats else None
+
+
+Runs = Callable[..., Any]
+
+
+@contextlib.contextmanager
+def a_process() -> Iterator[Runs]:
+    """Yields what runs functions in a process of its own, one after the other.
+
+    There the device has held nothing before, and who crashes is told apart.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
+        yield lambda function, *arguments: pool.submit(function, *arguments).result()
+
+
+@contextlib.contextmanager
+def this_process() -> Iterator[Runs]:
+    yield lambda function, *arguments: function(*arguments)
 
 
 def seconds(timed: Timed, times: int) -> float:

@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 from typing import Any
 
-import numpy as np
+from benchmarks import trees
 
 # Module, class and arguments of each.
 _OPTIMIZERS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -30,15 +30,19 @@ def missing() -> set[str]:
 class Update:
     """Updates of parameters by one of these optimizers, on a GPU where there is one."""
 
-    def __init__(self, name: str, gradients: dict[str, np.ndarray]):
+    compile_seconds = None  # it compiles nothing
+
+    def __init__(self, name: str, tree: trees.Tree):
         torch = importlib.import_module("torch")
         module, optimizer, arguments = _OPTIMIZERS[name]
         self.cuda = torch.cuda if torch.cuda.is_available() else None
+        if self.cuda:
+            self.cuda.reset_peak_memory_stats()
+        device = "cuda" if self.cuda else "cpu"
         params = []
-        for gradient in gradients.values():
-            gradient = torch.tensor(gradient, device="cuda" if self.cuda else "cpu")
-            params.append(torch.zeros_like(gradient, requires_grad=True))
-            params[-1].grad = gradient
+        for leaf in tree.values():
+            params.append(torch.zeros(leaf.shape, device=device, requires_grad=True))
+            params[-1].grad = torch.randn(leaf.shape, device=device)
         factory = getattr(importlib.import_module(module), optimizer)
         self.optimizer = factory(params, lr=1e-3, **arguments)
 
@@ -48,3 +52,7 @@ class Update:
             self.optimizer.step()
         if self.cuda:
             self.cuda.synchronize()
+
+    def peak(self) -> int | None:
+        """Returns the most bytes that these updates have held on a GPU."""
+        return self.cuda.max_memory_allocated() if self.cuda else None

@@ -24,6 +24,21 @@ def equal_leaves(parameters: int, leaves: int, dtype: DTypeLike = jnp.float32) -
     return _tree({f"leaf{i}": (parameters // leaves,) for i in range(leaves)}, dtype)
 
 
+def equal_matrices(
+    parameters: int, leaves: int, dtype: DTypeLike = jnp.float32
+) -> Tree:
+    """Matrices of one size, about square, with columns in groups of 128.
+
+    They have fewer parameters than are asked for, by less than a row each.
+    """
+    each = parameters // leaves
+    columns = max(1, round(each**0.5 / 128)) * 128
+    if each < columns:
+        return equal_leaves(parameters, leaves, dtype)
+    shape = (each // columns, columns)
+    return _tree({f"leaf{i}": shape for i in range(leaves)}, dtype)
+
+
 def mixed_leaves(dtype: DTypeLike = jnp.float32) -> Tree:
     """Twelve leaves of unlike shapes: six matrices, four vectors, two of rank 3."""
     return _tree(
@@ -77,9 +92,15 @@ def resnet50(dtype: DTypeLike = jnp.float32) -> Tree:
 
 def gpt2_small(dtype: DTypeLike = jnp.float32) -> Tree:
     """GPT-2 small: 124.4 million parameters."""
-    width = 768
-    shapes: Shapes = {"tokens": (50257, width), "positions": (1024, width)}
-    for block in range(12):
+    return gpt2(12, 768, 50257, dtype)
+
+
+def gpt2(
+    blocks: int, width: int, vocabulary: int, dtype: DTypeLike = jnp.float32
+) -> Tree:
+    """GPT-2 of this size."""
+    shapes: Shapes = {"tokens": (vocabulary, width), "positions": (1024, width)}
+    for block in range(blocks):
         for name, inputs, outputs in (
             ("attention", width, 3 * width),
             ("projection", width, width),
