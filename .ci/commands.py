@@ -49,6 +49,7 @@ LONG = {
     "pytest benchmarks": "the part rooms",
     "python -m examples.warmup_free_transformer --seeds *": TRAINS,
     "python -m experiments.*": TRAINS,
+    "python -m benchmarks.gpu*": "tests and times for minutes; its test runs it small",
     "python -m benchmarks.compiled*": "compiles for minutes; the part compiled",
     "python -m benchmarks.step_time*": TIMES,
     "python -m benchmarks.train_step*": TIMES,

@@ -133,7 +133,7 @@ def gpt2_of(tree: Callable[[], trees.Tree], context: int, batch: int) -> Problem
     )
 
 
-TINY = functools.partial(trees.gpt2, 2, 128, 256)
+TINY = functools.partial(trees.gpt2, 1, 64, 256)
 MODELS: dict[str, Callable[[int], Problem]] = {
     "Transformer": transformer,
     "ResNet-34": resnet34,

@@ -20,10 +20,17 @@ from examples.common.options import check_counts, check_decays
 from examples.common.results import table
 from examples.common.stdlib_text import FOLDER
 from experiments.command import command
-from experiments.low_precision_tasks import TASKS, in_bfloat16
+from experiments.low_precision_tasks import TASKS
 from experiments.nearest import bfloat16_to_nearest, float8_to_nearest
 from experiments.report import report
-from experiments.training import History, Run, Task, initial_state, train_all
+from experiments.training import (
+    History,
+    Run,
+    Task,
+    in_bfloat16,
+    initial_state,
+    train_all,
+)
 from optax_adamod import adamod, round_updates_stochastically
 
 B2 = 0.98  # the usual one of Transformers

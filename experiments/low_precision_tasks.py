@@ -3,10 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -21,7 +18,7 @@ from experiments.data.words import Words, load_words
 from experiments.language_modelling import loss
 from experiments.models.translator import Translator
 from experiments.sleeping_words import validate
-from experiments.training import Batch, Task
+from experiments.training import Task
 
 CONTEXT = 32
 BATCH = 16
@@ -141,22 +138,3 @@ TASKS: dict[str, tuple[Callable[[Path, int, int], Trained], int]] = {
     "digits": (images, 600),
     "translation": (translated, 600),
 }  # each with its steps
-
-
-def in_bfloat16(task: Task) -> Task:
-    """Returns the task with weights and gradients in bfloat16, computed in float32."""
-
-    def cast(model: nnx.Module, dtype: Any) -> nnx.Module:
-        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-        params = jax.tree.map(lambda x: x.astype(dtype), params)
-        return nnx.merge(graphdef, params, rest)
-
-    def widened_loss(model: nnx.Module, batch: Batch) -> jax.Array:
-        return task.loss(cast(model, jnp.float32), batch)
-
-    return dataclasses.replace(
-        task,
-        create_model=lambda rngs: cast(task.create_model(rngs), jnp.bfloat16),
-        loss=widened_loss,
-        evaluate=lambda model: task.evaluate(cast(model, jnp.float32)),
-    )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -282,3 +283,22 @@ def restore_state(manager: ocp.CheckpointManager, like: TrainState) -> TrainStat
         return like
     wanted = ocp.args.Composite(state=ocp.args.StandardRestore(like._asdict()))
     return TrainState(**manager.restore(step, args=wanted)["state"])
+
+
+def in_bfloat16(task: Task) -> Task:
+    """Returns the task with weights and gradients in bfloat16, computed in float32."""
+
+    def cast(model: nnx.Module, dtype: Any) -> nnx.Module:
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+        return nnx.merge(graphdef, params, rest)
+
+    def widened_loss(model: nnx.Module, batch: Batch) -> jax.Array:
+        return task.loss(cast(model, jnp.float32), batch)
+
+    return dataclasses.replace(
+        task,
+        create_model=lambda rngs: cast(task.create_model(rngs), jnp.bfloat16),
+        loss=widened_loss,
+        evaluate=lambda model: task.evaluate(cast(model, jnp.float32)),
+    )

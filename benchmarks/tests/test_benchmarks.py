@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import runpy
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from flax import nnx
 
 from benchmarks import (
     compiled,
+    gpt2,
+    gpu,
     hlo,
     llama,
     optimizers,
@@ -40,6 +43,8 @@ from examples.common.transformer import Transformer
         (trees.llama3("70B"), 70553.706),
         (trees.llama3("405B"), 405853.389),
         (trees.equal_leaves(1_000_000, 160), 1.0),
+        (trees.equal_matrices(2**30, 4), 1073.741824),
+        (trees.equal_matrices(25_000_000, 160), 24.94464),
     ],
 )
 def test_trees_have_their_models_sizes(tree, millions):
@@ -63,7 +68,7 @@ def test_resnet_halves_images():
 
 def test_update_is_the_optimizers():
     tree = trees.equal_leaves(64, 2)
-    update = timing.Update(optax.adam(1e-3), tree)
+    update = timing.Update(optimizers.updates_of(optimizers.ADAM), tree)
     update.run(3)
     tx, params = optax.adam(1e-3), {name: np.zeros(32) for name in tree}
     state = tx.init(params)
@@ -87,7 +92,11 @@ def test_step_time_writes_its_tables(tmp_path, capsys):
         output=tmp_path,
     )
     tables = step_time.main(options)
-    assert len(tables) == 3
+    assert [*tables] == [
+        "256 parameters in 1 leaves",
+        "320 parameters in 16 leaves",
+        "896 parameters in one leaf",
+    ]
     saved = json.loads((tmp_path / "step_time.json").read_text())
     assert saved["tables"] == tables
     assert {"jax", "optax", "python"} <= set(saved["versions"])
@@ -170,7 +179,7 @@ def test_training_steps_train(monkeypatch):
     def tiny(batch):
         model = Transformer(1, 8, 2, 4, rngs=nnx.Rngs(0))
         tokens = jnp.ones((batch, 4), int)
-        return model, tokens, tokens
+        return train_step.of_module(model, tokens, tokens)
 
     monkeypatch.setitem(train_step.MODELS, "tiny", tiny)
     training = train_step.Training("tiny", optimizers.ADAMOD, 2)
@@ -236,6 +245,107 @@ def test_whole_steps_refuse_nonsense():
         whole_step.Options(optimizers=("SGD",))
     with pytest.raises(ValueError, match="--steps must be at least 0, got -1"):
         whole_step.Options(steps=-1)
+
+
+def test_matrices_have_groups_of_128():
+    for parameters, leaves in ((25_000_000, 1600), (25_000_000, 160), (2**30, 4)):
+        tree = trees.equal_matrices(parameters, leaves)
+        assert step_time.has_groups(tree)
+        assert len({leaf.shape for leaf in tree.values()}) == 1
+        assert trees.size(tree) == pytest.approx(parameters, rel=0.02)
+    assert not step_time.has_groups(trees.equal_matrices(320, 16))
+
+
+def test_each_result_is_written_when_it_is_there(tmp_path, monkeypatch):
+    """Also of an optimizer that fails, which says why, and the others go on."""
+
+    def compare(optimizer, tree, rounds):
+        if optimizer == "RAdam":
+            raise MemoryError("no room")
+        written = tmp_path / "step_time.json"
+        seen.append(json.loads(written.read_text()) if written.exists() else None)
+        return dict.fromkeys(step_time.COLUMNS, 1.0)
+
+    seen = []
+    monkeypatch.setattr(step_time, "compare", compare)
+    options = step_time.Options(
+        cases=("sizes",), largest=1e3, optimizers=("RAdam", "Lion"), output=tmp_path
+    )
+    ((title, rows),) = step_time.main(options).items()
+    assert [row["optimizer"] for row in rows] == ["Adam", "RAdam", "Lion"]
+    assert rows[1]["failed"] == "MemoryError: no room"
+    assert seen[0] is None
+    assert len(seen[1]["tables"][title]) == 2
+
+
+def test_a_process_of_its_own_is_another_one():
+    with timing.a_process() as run:
+        other = run(os.getpid)
+        assert run(os.getpid) == other != os.getpid()
+        with pytest.raises(ZeroDivisionError):
+            run(divmod, 1, 0)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_gpt2_learns_its_tokens_and_sees_no_later_ones():
+    params = gpt2.initialised(trees.gpt2(1, 64, 32))
+    tokens = jax.random.randint(jax.random.key(1), (1, 9), 0, 32)
+    assert gpt2.loss(params, tokens) == pytest.approx(np.log(32), rel=0.05)
+
+    def first(positions):
+        return gpt2.loss(params | {"positions": positions}, tokens[:, :5])
+
+    changed = params["positions"].at[6].add(1.0)
+    assert first(changed) == first(params["positions"])
+    whole = [
+        gpt2.loss(params | {"positions": x}, tokens)
+        for x in (changed, params["positions"])
+    ]
+    assert whole[0] != whole[1]
+
+
+def test_parts_of_a_gpus_command_fail_alone(tmp_path, monkeypatch, capsys):
+    """Those that fail or take too long are told, with what they said last."""
+    folders = {}
+    for name, text in {
+        "fails": "print('one'); print('two'); raise SystemExit(3)",
+        "waits": "import time; print('begun', flush=True); time.sleep(600)",
+        "works": "print('fine')",
+    }.items():
+        folders[name] = ("timeit", "-n", "1", "-r", "1", text)
+    commands = [gpu.Part(x, y, 0.5) for x, y in folders.items()]
+    monkeypatch.setattr(gpu, "parts", lambda options: commands)
+    rows = gpu.main(gpu.Options(minutes=0.2, output=tmp_path))
+    assert [row["result"] for row in rows] == [
+        "failed with exit code 3",
+        "stopped at its limit",
+        "done",
+    ]
+    page = (tmp_path / "gpu.md").read_text()
+    assert "one\ntwo" in page
+    assert "begun" in (tmp_path / "waits.txt").read_text()
+    assert json.loads((tmp_path / "gpu.json").read_text())["tables"]["Parts"] == rows
+
+
+@pytest.mark.slow
+def test_all_parts_run_small(tmp_path):
+    rows = gpu.main(gpu.Options(minutes=9, small=True, output=tmp_path))
+    assert {row["part"]: row["result"] for row in rows} == dict.fromkeys(
+        ("tests", "updates", "steps", "at_scale"), "done"
+    )
+    for name in ("updates.md", "train_step.md", "at_scale/at_scale.md"):
+        assert "| AdaMod |" in (tmp_path / name).read_text()
+
+
+def test_large_parts_name_what_exists():
+    for part in gpu.parts(gpu.Options()):
+        if part.name == "updates":
+            names = part.command[part.command.index("--optimizers") + 1 :]
+            step_time.Options(optimizers=names[: names.index("--output")])
+            assert len(names) > 15
+        if part.name == "steps":
+            names = part.command[part.command.index("--optimizers") + 1 :]
+            train_step.Options(optimizers=names[: names.index("--output")])
 
 
 COMMANDS = [

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.typing import DTypeLike
 
 BYTES = 256
 
@@ -14,19 +15,30 @@ class Block(nnx.Module):
     The layers that feed the sums start with ``variance`` times that of the others.
     """
 
-    def __init__(self, variance: float, width: int, heads: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        variance: float,
+        width: int,
+        heads: int,
+        dtype: DTypeLike | None = None,
+        *,
+        rngs: nnx.Rngs,
+    ):
         residual = nnx.initializers.variance_scaling(variance, "fan_in", "normal")
         self.attention = nnx.MultiHeadAttention(
             heads,
             width,
             out_kernel_init=residual,
             decode=False,
+            dtype=dtype,
             deterministic=True,
             rngs=rngs,
         )
         self.attention_norm = nnx.LayerNorm(width, rngs=rngs)
-        self.expand = nnx.Linear(width, 4 * width, rngs=rngs)
-        self.contract = nnx.Linear(4 * width, width, kernel_init=residual, rngs=rngs)
+        self.expand = nnx.Linear(width, 4 * width, dtype=dtype, rngs=rngs)
+        self.contract = nnx.Linear(
+            4 * width, width, kernel_init=residual, dtype=dtype, rngs=rngs
+        )
         self.feed_forward_norm = nnx.LayerNorm(width, rngs=rngs)
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -39,7 +51,8 @@ class Transformer(nnx.Module):
 
     Unless ``variance`` is given, the layers that feed the residual sums start
     1/sqrt(depth) as large as the others, so that all blocks together add as much
-    variance to the residual stream as one would.
+    variance to the residual stream as one would. Matrices are multiplied in ``dtype``,
+    by default that of the parameters.
     """
 
     def __init__(
@@ -50,6 +63,7 @@ class Transformer(nnx.Module):
         context: int,
         variance: float | None = None,
         vocabulary: int = BYTES,
+        dtype: DTypeLike | None = None,
         *,
         rngs: nnx.Rngs,
     ):
@@ -57,9 +71,9 @@ class Transformer(nnx.Module):
         self.tokens = nnx.Embed(vocabulary, width, rngs=rngs)
         self.positions = nnx.Embed(context, width, rngs=rngs)
         self.blocks = nnx.List(
-            [Block(variance, width, heads, rngs=rngs) for _ in range(depth)]
+            [Block(variance, width, heads, dtype, rngs=rngs) for _ in range(depth)]
         )
-        self.logits = nnx.Linear(width, vocabulary, rngs=rngs)
+        self.logits = nnx.Linear(width, vocabulary, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         x = self.tokens(tokens) + self.positions(jnp.arange(tokens.shape[-1]))[None]
@@ -71,6 +85,7 @@ class Transformer(nnx.Module):
 
 def next_token_losses(model: nnx.Module, windows: jax.Array) -> jax.Array:
     """Returns the loss of every token but the first, in nats: float32[batch, N - 1]."""
+    logits = model(windows[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(
-        model(windows[:, :-1]), windows[:, 1:]
+        logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), windows[:, 1:]
     )

@@ -10,9 +10,9 @@ import optax
 import pytest
 from flax import nnx
 
-from experiments import low_precision, low_precision_tasks
+from experiments import low_precision
 from experiments.nearest import bfloat16_to_nearest, float8_to_nearest
-from experiments.training import Task
+from experiments.training import Task, in_bfloat16
 from optax_adamod import Float8Array, adamod
 
 CASES = ("float32", "8 bits", "8 bits, bfloat16 weights", "8 bits, rounded to nearest")
@@ -44,7 +44,7 @@ def test_every_task_by_every_case(tmp_path, capsys, task):
 
 
 def test_weights_in_bfloat16_and_gradients_too():
-    task = low_precision_tasks.in_bfloat16(
+    task = in_bfloat16(
         Task(
             create_model=lambda rngs: nnx.Linear(4, 2, rngs=rngs),
             loss=lambda model, batch: jnp.sum(model(batch["x"])),
