@@ -107,7 +107,7 @@ class Key(NamedTuple):
 Losses = dict[Key, float]
 
 
-def adamod(**dtypes: str) -> Contestant:
+def adamod(**dtypes: Any) -> Contestant:
     return Contestant(
         lambda b2, learning_rate: scale_by_adamod(
             B1, b2, B3, EPS, bound_learning_rate=learning_rate, **dtypes
@@ -215,7 +215,10 @@ def main(options: Options) -> Losses:
     size = options.size
     least = HELD_OUT * (size.context + 2)
     text = load_text(options.text, least, "**/*.py")[: size.text]
-    settings = dataclasses.asdict(size) | {"text": len(text), "crc": zlib.crc32(text)}
+    settings = dataclasses.asdict(size) | {
+        "text": len(text),
+        "crc": zlib.crc32(text.tobytes()),
+    }
     check_settings(options.output / "settings.json", settings)
     path, runs = options.output / "at_scale.csv", options.output / "runs"
     task = create_task(size, text)

@@ -317,7 +317,7 @@ def test_parts_of_a_gpus_command_fail_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "parts", lambda options: commands)
     rows = gpu.main(gpu.Options(minutes=0.2, output=tmp_path))
     assert [row["result"] for row in rows] == [
-        "failed with exit code 3",
+        "failed with exit code 1",
         "stopped at its limit",
         "done",
     ]
