@@ -134,6 +134,7 @@ def main(options: Options) -> list[dict[str, Any]]:
     options = dataclasses.replace(options, output=folder)
     end = time.monotonic() + 60 * options.minutes
     rows: list[dict[str, Any]] = []
+    text = ""
     for part in parts(options):
         left = end - time.monotonic()
         if left <= 0:

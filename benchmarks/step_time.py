@@ -199,7 +199,7 @@ def measured(
     process = a_process if options.apart else this_process
     with tempfile.TemporaryDirectory() as cache, process() as run:
         # Peaks come first, in the order of the trees: timing needs more memory.
-        steps = [(compare, options.rounds)]
+        steps: list[tuple[Any, ...]] = [(compare, options.rounds)]
         if options.apart:
             run(use_cache, cache)
             steps.insert(0, (facts,))

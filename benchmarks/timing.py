@@ -35,9 +35,9 @@ class Update:
     """
 
     def __init__(self, optimizer: Updates, tree: trees.Tree, given: Any | None = None):
-        given = gradients(tree) if given is None else given
+        values: Any = gradients(tree) if given is None else given
         self.gradients = {
-            name: given[name].astype(leaf.dtype) for name, leaf in tree.items()
+            name: values[name].astype(leaf.dtype) for name, leaf in tree.items()
         }
         self.params = jax.tree.map(jnp.zeros_like, self.gradients)
         self.opt_state = jax.jit(optimizer.init)(self.params)
