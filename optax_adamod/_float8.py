@@ -213,7 +213,8 @@ def key(x: jax.Array, v: jax.Array | None = None) -> jax.Array:
     Given v for a bound, they are negative where v is 0. The rate is 1 / eps there and
     says nothing, so it counts only if the group has no other.
     """
-    return magnitudes(x) if v is None else magnitudes(x) | jnp.where(v == 0, SIGN, 0)
+    asleep = 0 if v is None else jnp.where(v == 0, np.int32(SIGN), np.int32(0))
+    return magnitudes(x) | asleep
 
 
 def shared_exponents(largest: jax.Array, signed: bool) -> jax.Array:

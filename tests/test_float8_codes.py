@@ -236,7 +236,7 @@ def test_no_pair_of_dtypes_takes_steps_that_cannot_be(mu_dtype, nu_dtype):
     _, largest = jax.jit(
         lambda: jax.lax.scan(step, tx.init(jnp.zeros((16, 128))), keys)
     )()
-    assert jnp.max(largest) < 7.27
+    assert jnp.max(largest) < 4  # after bias correction, which lags behind 7.27
     assert jnp.max(largest, axis=0)[0] > 0.9
 
 
