@@ -1,1 +1,1 @@
-"""The evidence: the paper's experiments and those that ask what it does not."""
+"""The evidence: at the top programs alone, then tasks, models and data, then common."""

@@ -30,14 +30,29 @@ from examples.common.options import check_counts, check_heads, check_rates
 from examples.common.results import machine, table, versions
 from examples.common.stdlib_text import load_text
 from examples.common.transformer import Transformer, next_token_losses
-from experiments import contestants
-from experiments.command import command
-from experiments.contestants import B3, TUNED, Contestant, Schedule, at_rate, create
+from experiments.common import contestants
+from experiments.common.command import command
+from experiments.common.contestants import (
+    B1,
+    B3,
+    EPS,
+    TUNED,
+    Contestant,
+    Schedule,
+    at_rate,
+    create,
+)
+from experiments.common.report import PACKAGES, spread
+from experiments.common.training import (
+    Run,
+    Task,
+    check_settings,
+    in_bfloat16,
+    path_of,
+    train,
+)
 from experiments.data.text import batches
-from experiments.language_modelling import loss
-from experiments.other_bounds import B1, EPS
-from experiments.report import PACKAGES, spread
-from experiments.training import Run, Task, check_settings, in_bfloat16, path_of, train
+from experiments.tasks.text import loss
 from optax_adamod import round_updates_stochastically, scale_by_adamod
 
 HEADS = 4  # so that heads have 128 features, which averages in 8 bits need

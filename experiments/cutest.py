@@ -9,7 +9,6 @@ for a share (Moré and Wild's test):
 A run that was stopped goes on.
 """
 
-import csv
 import dataclasses
 import json
 import math
@@ -25,16 +24,27 @@ import optax
 from jax.flatten_util import ravel_pytree
 from tqdm import tqdm
 
-from examples.common.options import check_counts, check_rates
-from examples.common.results import machine, table, versions
-from experiments.command import command
-from experiments.comparison_report import style
-from experiments.contestants import CONTESTANTS, Creates, Schedule, at_rate, create
-from experiments.report import PACKAGES, command_and_date
-from experiments.training import check_settings
+from examples.common.results import table, versions
+from experiments.common.command import command
+from experiments.common.comparison_report import style
+from experiments.common.contestants import (
+    CONTESTANTS,
+    Creates,
+    Schedule,
+    at_rate,
+    create,
+)
+from experiments.common.report import command_and_date, environment, save_figure
+from experiments.common.report import write_csv as write_rows
+from experiments.common.training import check_settings
 
 B2 = 0.999
+NAMES = tuple(name for name, x in CONTESTANTS.items() if not (x.at_jumps or x.tuned))
+RATES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+STEPS = 1600  # on each problem
 KEPT = 40  # budgets of which the lowest value so far is kept, evenly spaced
+VARIABLES = 20  # of a problem, at most
+TOLERANCE = 1e-3  # the share of the best descent that may be missing
 
 Lowest = Mapping[str, Mapping[str, Sequence[float]]]  # by contestant and rate, of one
 
@@ -43,36 +53,10 @@ Lowest = Mapping[str, Mapping[str, Sequence[float]]]  # by contestant and rate, 
 class Options:
     """Compares optimizers on CUTEst's problems."""
 
-    contestants: tuple[str, ...] = tuple(
-        name
-        for name, x in CONTESTANTS.items()
-        if not (x.at_jumps or x.tuned or x.candidate)
-    )
-    """Which optimizers."""
-    rates: tuple[float, ...] = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
-    """Learning rates."""
-    steps: int = 1600
-    """Steps on each problem, a multiple of 40."""
-    variables: int = 20
-    """The most variables of a problem."""
     problems: tuple[str, ...] = ()
-    """Names of problems, by default all of those."""
-    tolerance: float = 1e-3
-    """The share of the best descent that may be missing."""
+    """Names of problems, by default all of up to 20 variables."""
     output: Path = Path("outputs/cutest")
     """Folder for the results; a run that was stopped goes on."""
-
-    def __post_init__(self) -> None:
-        check_counts(self, "steps", "variables")
-        check_rates(self)
-        if unknown := set(self.contestants) - set(CONTESTANTS):
-            raise ValueError(
-                f"--contestants: {unknown} unknown; there are {[*CONTESTANTS]}."
-            )
-        if self.steps % KEPT:
-            raise ValueError(f"--steps must be a multiple of {KEPT}, got {self.steps}.")
-        if not 0 < self.tolerance < 1:
-            raise ValueError(f"--tolerance must be in (0, 1), got {self.tolerance}.")
 
 
 def chosen(options: Options) -> list[Any]:
@@ -85,7 +69,7 @@ def chosen(options: Options) -> list[Any]:
     small = [
         x
         for x in known
-        if x.num_variables() <= options.variables
+        if x.num_variables() <= VARIABLES
         and (not options.problems or x.name in options.problems)
     ]
     return sorted(small, key=lambda x: (x.num_variables(), x.name))
@@ -135,28 +119,28 @@ def lowest(
     return np.moveaxis(np.asarray(jax.jit(run)(stacked)), 0, -1)
 
 
-def solve(problem: Any, options: Options, path: Path) -> None:
+def solve(problem: Any, path: Path) -> None:
     """Adds to the file of a problem what contestants are missing in it."""
     found = json.loads(path.read_text()) if path.exists() else {}
-    missing = [name for name in options.contestants if name not in found]
+    missing = [name for name in NAMES if name not in found]
     if not missing:
         return
     objective, start = objective_of(problem)
     creates = [create(CONTESTANTS[name], Schedule(B2)) for name in missing]
-    every = options.steps // KEPT
-    values = lowest(objective, start, creates, options.rates, options.steps)
+    every = STEPS // KEPT
+    values = lowest(objective, start, creates, RATES, STEPS)
     kept = np.concatenate([values[..., :1], values[..., every - 1 :: every]], axis=-1)
     for name, of_one in zip(missing, kept.tolist(), strict=True):
         found[name] = {
             f"{rate:g}": [x if math.isfinite(x) else None for x in row]
-            for rate, row in zip(options.rates, of_one, strict=True)
+            for rate, row in zip(RATES, of_one, strict=True)
         }
     whole = path.with_suffix(".tmp")
     whole.write_text(json.dumps(found))
     whole.replace(path)
 
 
-def solved(found: Sequence[Lowest], tolerance: float) -> dict[str, np.ndarray]:
+def solved(found: Sequence[Lowest]) -> dict[str, np.ndarray]:
     """Returns by contestant which problems it has solved: bool[problems, rates, kept].
 
     The first of those kept is the start, from which nobody has come down yet.
@@ -169,12 +153,12 @@ def solved(found: Sequence[Lowest], tolerance: float) -> dict[str, np.ndarray]:
         start = next(iter(values.values()))[0, 0]
         best = min(np.nanmin(x) for x in values.values())
         for name, x in values.items():
-            done = start - x >= (1 - tolerance) * (start - best)
+            done = start - x >= (1 - TOLERANCE) * (start - best)
             by_problem.setdefault(name, []).append(done)
     return {name: np.stack(x) for name, x in by_problem.items()}
 
 
-def shares_table(solved_by: Mapping[str, np.ndarray], rates: Sequence[float]) -> str:
+def shares_table(solved_by: Mapping[str, np.ndarray]) -> str:
     """Returns the share solved in the end, at one rate for all or at any."""
     rows = []
     for name, done in solved_by.items():
@@ -183,7 +167,7 @@ def shares_table(solved_by: Mapping[str, np.ndarray], rates: Sequence[float]) ->
         rows.append(
             {
                 "optimizer": name,
-                "best lr for all": f"{rates[best]:g}",
+                "best lr for all": f"{RATES[best]:g}",
                 "solved at it, percent": f"{100 * shares[best]:.1f}",
                 "at any lr, percent": f"{100 * done[:, :, -1].any(axis=1).mean():.1f}",
             }
@@ -193,70 +177,62 @@ def shares_table(solved_by: Mapping[str, np.ndarray], rates: Sequence[float]) ->
 
 
 def write_csv(
-    solved_by: Mapping[str, np.ndarray],
-    problems: Sequence[str],
-    rates: Sequence[float],
-    steps: int,
-    path: Path,
+    solved_by: Mapping[str, np.ndarray], problems: Sequence[str], path: Path
 ) -> None:
     """Writes after how many gradients each had solved a problem, empty if never."""
-    budgets = np.linspace(0, steps, KEPT + 1)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["problem", "optimizer", *(f"lr {rate:g}" for rate in rates)])
-        for index, problem in enumerate(problems):
-            for name, done in solved_by.items():
-                first = [
-                    f"{budgets[row.argmax()]:.0f}" if row.any() else ""
-                    for row in done[index]
-                ]
-                writer.writerow([problem, name, *first])
+    budgets = np.linspace(0, STEPS, KEPT + 1).round().astype(int)
+    write_rows(
+        (
+            {"problem": problem, "optimizer": name}
+            | {
+                f"lr {rate:g}": budgets[row.argmax()] if row.any() else ""
+                for rate, row in zip(RATES, done[index], strict=True)
+            }
+            for index, problem in enumerate(problems)
+            for name, done in solved_by.items()
+        ),
+        path,
+    )
 
 
-def draw(solved_by: Mapping[str, np.ndarray], steps: int, path: Path) -> None:
+def draw(solved_by: Mapping[str, np.ndarray], path: Path) -> None:
     """Draws the share solved by budget, each at its best learning rate for all."""
     figure, axes = plt.subplots(figsize=(10, 5.5), layout="constrained")
-    budgets = np.linspace(0, steps, KEPT + 1)
+    budgets = np.linspace(0, STEPS, KEPT + 1)
     for name, done in solved_by.items():
         share = done.mean(axis=0)
         axes.plot(budgets, share[share[:, -1].argmax()], label=name, **style(name))
     axes.set(xlabel="gradients", ylabel="share of the problems solved")
     figure.legend(loc="outside right upper", fontsize="x-small")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def main(options: Options) -> dict[str, np.ndarray]:
     folder = options.output / "problems"
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"rates": options.rates, "steps": options.steps}
+    settings = {"rates": RATES, "steps": STEPS}
     check_settings(folder / "settings.json", settings | versions(("sif2jax",)))
     with jax.enable_x64(True):  # CUTEst's own precision
         problems = chosen(options)
         with tqdm(problems, unit="problem") as progress:
             for problem in progress:
                 progress.set_description(problem.name)
-                solve(problem, options, folder / f"{problem.name}.json")
+                solve(problem, folder / f"{problem.name}.json")
                 jax.clear_caches()  # no program is of use to another problem
     found = []
     for problem in problems:
         one = json.loads((folder / f"{problem.name}.json").read_text())
-        found.append({name: one[name] for name in options.contestants})
-    solved_by = solved(found, options.tolerance)
-    used = ", ".join(
-        f"{key} {value}" for key, value in versions((*PACKAGES, "sif2jax")).items()
-    )
+        found.append({name: one[name] for name in NAMES})
+    solved_by = solved(found)
     text = (
-        f"# cutest\n\n{command_and_date('cutest')}; {machine()}; {used}.\n\n"
-        f"{len(problems)} problems of up to {options.variables} variables, "
-        f"{options.steps:,} steps, tolerance {options.tolerance:g}:\n\n"
-        f"{shares_table(solved_by, options.rates)}\n"
+        f"# cutest\n\n{command_and_date('cutest')}; {environment('sif2jax')}.\n\n"
+        f"{len(problems)} problems of up to {VARIABLES} variables, "
+        f"{STEPS:,} steps, tolerance {TOLERANCE:g}:\n\n{shares_table(solved_by)}\n"
     )
     (options.output / "cutest.md").write_text(text)
     names = [problem.name for problem in problems]
-    path = options.output / "cutest.csv"
-    write_csv(solved_by, names, options.rates, options.steps, path)
-    draw(solved_by, options.steps, options.output / "cutest.png")
+    write_csv(solved_by, names, options.output / "cutest.csv")
+    draw(solved_by, options.output / "cutest.png")
     print(text)
     return solved_by
 

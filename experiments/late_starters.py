@@ -3,7 +3,7 @@
 AdaMod as published averages rates of ``1 / eps`` while a coordinate's second moment is
 exactly zero, so its bound does not hold once the gradients come. With the rule these
 rates count as zero, and each coordinate warms up from its own first gradient. Both
-beside rivals on tasks of late starters (:mod:`experiments.late_tasks`):
+beside rivals on tasks of late starters (:mod:`experiments.tasks.late`):
 
     python -m experiments.late_starters
 
@@ -12,7 +12,6 @@ One seed of all tasks comes first, then the next. A command that was stopped goe
 
 import csv
 import dataclasses
-import datetime
 import functools
 import math
 import statistics
@@ -29,17 +28,26 @@ from jax.flatten_util import ravel_pytree
 from tqdm import tqdm
 
 from examples.common.options import check_counts, check_heads
-from examples.common.results import machine, table, versions
-from experiments import contestants
-from experiments.command import command
-from experiments.compared_tasks import B2, HEADS
-from experiments.contestants import Contestant, Creates, Schedule, at_rate, create
-from experiments.late_tasks import TASKS, Late, Size
-from experiments.lazy_bounds import Sleeping, scale_by_lazy_adamod
-from experiments.other_bounds import B1, EPS
-from experiments.report import PACKAGES, spread
-from experiments.together import batches_of, compiled_update
-from experiments.training import Task, check_settings, loss_and_rest
+from examples.common.results import table
+from experiments.common import contestants
+from experiments.common.command import command
+from experiments.common.contestants import (
+    Contestant,
+    Creates,
+    Schedule,
+    at_rate,
+    create,
+)
+from experiments.common.report import (
+    command_and_date,
+    environment,
+    save_figure,
+    spread,
+)
+from experiments.common.together import batches_of, compiled_update
+from experiments.common.training import Task, check_settings, loss_and_rest
+from experiments.tasks.late import TASKS, Late, Size
+from experiments.tasks.text import B2, HEADS
 
 PUBLISHED, RULE = "AdaMod, published", "AdaMod, with the rule"
 EXPONENTIAL = "Adam, exponential warm-up"
@@ -59,8 +67,6 @@ class Options:
     """Which optimizers, by default all."""
     seeds: int = 5
     """How often to repeat every task, at most."""
-    minutes: float = math.inf
-    """After so long no more run begins; the report is of what is finished."""
     size: Size = dataclasses.field(default_factory=Size)
     output: Path = Path("experiments/results/late_starters")
     """Folder for runs, tables and the figure."""
@@ -86,17 +92,11 @@ BySeed = dict[int, float]
 Found = dict[str, list[BySeed]]  # of each optimizer, at each learning rate
 
 
-def adamod(sleeping: Sleeping, b3: float) -> Contestant:
-    return Contestant(
-        lambda b2, _: scale_by_lazy_adamod(sleeping, B1, b2, b3, EPS), b3=b3
-    )
-
-
 def optimizers(late: Late) -> dict[str, Contestant]:
     """Returns who takes part; of the linear warm-ups the best one counts."""
     return {
-        PUBLISHED: adamod("published", late.b3),
-        RULE: adamod("started", late.b3),
+        PUBLISHED: contestants.adamod(late.b3),
+        RULE: contestants.adamod_with_rule(late.b3),
         EXPONENTIAL: Contestant(contestants.adam, contestants.exponential(late.b3)),
         **{
             linear_name(steps): Contestant(
@@ -229,8 +229,6 @@ def main(options: Options) -> Losses:
     }
     with tqdm(unit="step", mininterval=5) as progress:
         for name, optimizer, seed, rates in missing(tasks, options, path):
-            if progress.format_dict["elapsed"] > 60 * options.minutes:
-                break
             progress.set_description(f"{name}, {optimizer}, seed {seed}")
             task, creates = tasks[name].task, everyone[name, optimizer]
             found = final_losses(task, creates, rates, seed, progress)
@@ -322,11 +320,9 @@ def report(tasks: dict[str, Late], losses: Losses, folder: Path) -> None:
     found = {name: x for name, x in found.items() if x}
     if not found:
         return
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    used = ", ".join(f"{key} {value}" for key, value in versions(PACKAGES).items())
     parts = [
         "# late_starters",
-        f"`python -m experiments.late_starters`, {today}; {machine()}; {used}.",
+        f"{command_and_date('late_starters')}; {environment()}.",
         "How much higher the mean loss is than that of the published bound, each at "
         "its own best learning rate, of the seeds that both have; and the share of "
         "these runs that train, at all learning rates. A run trains if its loss ends "
@@ -369,8 +365,7 @@ def draw(tasks: dict[str, Late], found: dict[str, Found], path: Path) -> None:
         axis.set(xscale="log", title=name, xlabel="learning rate", ylabel="loss")
     handles = axes[0, 0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=3, fontsize="small")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -6,25 +6,19 @@ The paper's ResNet-34 on CIFAR-10 at full size, a smaller one on digits by defau
     python -m experiments.robustness --size full
 """
 
-from examples.common.resnet import ResNet
-from experiments.command import command
-from experiments.data.images import cifar, digits
-from experiments.image_classification import Options, compare
+from experiments.common.command import command
+from experiments.tasks.images import Options, compare, resnet
 
 LEARNING_RATES = (1e-3, 1e-2, 1e-1)  # the paper's
+MODELS = {"laptop": ((1, 1, 1), 8), "full": ((3, 4, 6, 3), 64)}
 
 
 def main(options: Options) -> None:
-    full = options.size == "full"
-    images = cifar(10, options.data) if full else digits()
-    blocks, width = ((3, 4, 6, 3), 64) if full else ((1, 1, 1), 8)
-    compare(
-        "robustness",
-        images,
-        lambda rngs: ResNet(blocks, width, images.channels, images.classes, rngs=rngs),
-        dict.fromkeys(("SGD", "AdamW", "AdaMod"), LEARNING_RATES),
-        options,
+    rates: dict[str, tuple[float, ...]] = dict.fromkeys(
+        ("SGD", "AdamW", "AdaMod"), LEARNING_RATES
     )
+    model = resnet(*MODELS[options.size])
+    compare("robustness", options.images(10), model, rates, options)
 
 
 if __name__ == "__main__":

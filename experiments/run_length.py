@@ -11,19 +11,17 @@ from pathlib import Path
 
 import optax
 
-from examples.common.options import check_counts, check_decays, check_rates
+from examples.common.options import check_counts, check_rates
 from examples.common.results import table
-from examples.common.stdlib_text import FOLDER, load_text
-from examples.common.transformer import Transformer
-from experiments.command import command
-from experiments.data.text import batches
-from experiments.language_modelling import loss
-from experiments.report import final_value, grouped, report, spread, until
-from experiments.training import History, Run, Task, train_all
+from experiments.common.command import command
+from experiments.common.report import final_value, grouped, report, spread, until
+from experiments.common.training import History, Run, train_all
+from experiments.tasks import text
+from experiments.tasks.text import B2
 from optax_adamod import adamod
 
-B2 = 0.98  # the usual one of Transformers
-DEPTH, WIDTH, HEADS, CONTEXT, BATCH = 2, 32, 4, 16, 16
+B3 = 0.99
+DEPTH, WIDTH, BATCH = 2, 32, 16
 HORIZONS = (0.5, 1, 2, 4, 8, 16)
 ROW = 10  # steps whose mean loss is one row of the history
 FINAL = 4  # rows of which the final loss is the mean
@@ -37,17 +35,12 @@ class Options:
     """Learning rates."""
     seeds: int = 3
     """How often to repeat everything, from other weights and on other batches."""
-    b3: float = 0.99
-    """AdaMod's b3; its bound opens over about 1 / (1 - b3) steps."""
     output: Path = Path("outputs/run_length")
     """Folder for checkpoints, tables and figures; a run that was stopped goes on."""
-    text: Path = FOLDER
-    """Folder whose .py files are the text."""
 
     def __post_init__(self) -> None:
         check_counts(self, "seeds")
         check_rates(self)
-        check_decays(self, "b3")
 
 
 def behind(history: History, lengths: dict[float, int]) -> str:
@@ -72,29 +65,20 @@ def behind(history: History, lengths: dict[float, int]) -> str:
 
 
 def main(options: Options) -> History:
-    text = load_text(options.text, at_least=BATCH * CONTEXT)
-    horizon = 1 / (1 - options.b3)
+    horizon = 1 / (1 - B3)
     lengths = {x: max(ROW, round(x * horizon / ROW) * ROW) for x in HORIZONS}
-    task = Task(
-        create_model=lambda rngs: Transformer(DEPTH, WIDTH, HEADS, CONTEXT, rngs=rngs),
-        loss=loss,
-        batches=lambda seed: batches(text, CONTEXT, seed, BATCH),
-        steps=max(lengths.values()),
-        row_every=ROW,
-    )
-    settings = dataclasses.asdict(options)
-    for name in ("rates", "seeds", "output"):
-        del settings[name]
+    steps = max(lengths.values())
+    task = text.task_of(text.model_of(DEPTH, WIDTH), steps, ROW, BATCH)
     runs = [
         Run(name, transformation, rate, seed, b3)
         for rate in options.rates
         for name, transformation, b3 in (
             ("Adam", optax.adam(rate, b2=B2), None),
-            ("AdaMod", adamod(rate, b2=B2, b3=options.b3), options.b3),
+            ("AdaMod", adamod(rate, b2=B2, b3=B3), B3),
         )
         for seed in range(options.seeds)
     ]
-    history = train_all(task, runs, options.output / "runs", settings)
+    history = train_all(task, runs, options.output / "runs", {"b3": B3})
     report(
         "run_length", history, "loss", options.output,
         budgets=tuple(lengths.values()), rows=FINAL,

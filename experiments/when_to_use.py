@@ -1,9 +1,9 @@
 """When does AdaMod's bound pay, beside Adam under warm-ups that need no third average?
 
-Seven rivals, AdaMod and other bounds (:mod:`experiments.contestants`) on steady tasks
-(:mod:`experiments.compared_tasks`), on tasks that change on the way
-(:mod:`experiments.changing_tasks`) and with PPO (:mod:`experiments.ppo`). The first
-stage trains every contestant at every learning rate, from one seed; the final one
+AdaMod and its rivals (:mod:`experiments.common.contestants`) on steady tasks
+(:mod:`experiments.tasks.steady`), on tasks that change on the way
+(:mod:`experiments.tasks.changing`) and with PPO (:mod:`experiments.tasks.ppo`). The
+first stage trains every contestant at every learning rate, from one seed; the final one
 trains each at its best three from all seeds:
 
     python -m experiments.when_to_use --stage first
@@ -22,26 +22,26 @@ from typing import Literal
 from tqdm import tqdm
 
 from examples.common.options import check_counts
-from experiments import changing_tasks, compared_tasks, ppo
-from experiments.command import command
-from experiments.compared_tasks import Size
-from experiments.comparison import Compared, best_rates
-from experiments.comparison_report import report_all, report_task
-from experiments.contestants import CONTESTANTS, Creates, at_rate, create
-from experiments.together import finished_so_far, train_together
-from experiments.training import History, Run, check_settings
+from experiments.common.command import command
+from experiments.common.comparison import Compared, best_rates
+from experiments.common.comparison_report import report_all, report_task
+from experiments.common.contestants import CONTESTANTS, Creates, at_rate, create
+from experiments.common.together import finished_so_far, train_together
+from experiments.common.training import History, Run, check_settings
+from experiments.tasks import changing, ppo, steady
+from experiments.tasks.steady import Size
 
 GROUPS = {
-    "steady tasks": compared_tasks.TASKS,
-    "tasks that change": changing_tasks.TASKS,
+    "steady tasks": steady.TASKS,
+    "tasks that change": changing.TASKS,
     "games": ppo.TASKS,
 }
-TASKS = compared_tasks.TASKS | changing_tasks.TASKS | ppo.TASKS
+TASKS = steady.TASKS | changing.TASKS | ppo.TASKS
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Compares AdaMod with rivals and with other bounds, on many tasks."""
+    """Compares AdaMod with its rivals, on many tasks."""
 
     stage: Literal["first", "final", "report"] = "first"
     """First: all learning rates, one seed. Final: that, and the best three learning
@@ -50,8 +50,6 @@ class Options:
     """Which tasks, in their order."""
     contestants: tuple[str, ...] = tuple(CONTESTANTS)
     """Which optimizers, in their order."""
-    rates: tuple[float, ...] = ()
-    """Learning rates, by default those of each task."""
     size: Size = dataclasses.field(default_factory=Size)
     output: Path = Path("outputs/when_to_use")
     """Folder for checkpoints, tables and figures, with a folder for each task."""
@@ -109,8 +107,6 @@ def main(options: Options) -> dict[str, History]:
     tasks: dict[str, Compared] = {}
     for name in options.tasks:
         compared = TASKS[name](options.size)
-        if options.rates:
-            compared = dataclasses.replace(compared, rates=options.rates)
         output = options.output / name
         history = train_task(compared, options, output)
         if history:

@@ -3,6 +3,8 @@
 import ast
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 MAY_IMPORT = {
     "optax_adamod": set(),
@@ -11,6 +13,14 @@ MAY_IMPORT = {
     "experiments": {"optax_adamod", "examples"},
     "benchmarks": {"optax_adamod", "examples"},
     "clients": {"optax_adamod"},
+}
+# What each floor of the experiments may import of them.
+FLOORS = {
+    "programs": {"tasks", "models", "data", "common"},
+    "tasks": {"tasks", "models", "data", "common"},
+    "models": {"models", "data", "common"},
+    "data": {"data", "common"},
+    "common": {"common"},
 }
 
 
@@ -41,14 +51,37 @@ def programs():
     }
 
 
-def test_no_program_imports_another():
+def imported(path):
+    """What a file imports, and the packages and modules around it."""
+    for name in modules(path):
+        yield name
+        yield name.rpartition(".")[0]
+
+
+def test_no_module_imports_a_program():
+    """So no program imports another, nor does any module between them."""
     assert len(programs()) > 15
-    for path in programs().values():
-        for name in modules(path):
-            assert name not in programs(), path
-            assert name.rpartition(".")[0] not in programs(), path
+    for room in MAY_IMPORT:
+        for path in (ROOT / room).rglob("*.py"):
+            if "tests" not in path.relative_to(ROOT).parts:
+                assert not set(imported(path)) & {*programs()}, path
 
 
-def test_at_the_top_of_examples_are_programs_alone():
-    found = set((ROOT / "examples").glob("*.py"))
-    assert found - {*programs().values()} == {ROOT / "examples" / "__init__.py"}
+def floor_of(name):
+    """The floor of a module of the experiments: a folder, or the programs' on top."""
+    _, *folders = name.split(".")
+    return folders[0] if folders and folders[0] in FLOORS else "programs"
+
+
+def test_experiments_stand_on_floors():
+    for path in (ROOT / "experiments").rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        found = {floor_of(x) for x in modules(path) if x.startswith("experiments.")}
+        if ".tests." not in name:
+            assert found <= FLOORS[floor_of(name)], path
+
+
+@pytest.mark.parametrize("room", ["examples", "experiments"])
+def test_at_the_top_are_programs_alone(room):
+    found = set((ROOT / room).glob("*.py"))
+    assert found - {*programs().values()} == {ROOT / room / "__init__.py"}

@@ -1,16 +1,13 @@
 """Batches that change on the way: another language, easy stretches, small gradients."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from experiments.common.comparison import Spans
+from experiments.common.training import Batches
 from experiments.data.text import batches
-from experiments.training import Batches
-
-Spans = Sequence[tuple[int, int]]  # steps from and up to, counted from 0
-HEADERS = Path(np.get_include())  # in C; they come with NumPy, and so with JAX
 
 
 def within(spans: Spans, step: int) -> bool:

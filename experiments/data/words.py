@@ -1,4 +1,4 @@
-"""Python source as words, with all of its vocabulary, down to words seen once."""
+"""Python source as words: its tokens, and strings and comments by word and sign."""
 
 import dataclasses
 import re
@@ -18,36 +18,29 @@ LEFT_OUT = {tokenize.ENCODING, tokenize.NL, tokenize.ENDMARKER}
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """A text as indices into its vocabulary, the most common word first."""
+    """A text as numbers, the most common word 0; the last one is all others'."""
 
-    vocabulary: list[str]
     train: np.ndarray  # int32[N]
     validation: np.ndarray  # int32[M]
 
-    @property
-    def counts(self) -> np.ndarray:
-        """How often each word occurs in training: int64[V]; of some, never."""
-        return np.bincount(self.train, minlength=len(self.vocabulary))
 
-
-def load_words(folder: Path, at_least: int) -> Words:
+def load_words(folder: Path, at_least: int, vocabulary: int) -> Words:
     """Returns the words of the folder's Python files, end to end.
 
     Raises:
       ValueError: The files hold fewer than ``at_least`` words to train or to validate.
     """
     words = [x for path in sorted(folder.glob("*.py")) for x in words_of(path)]
-    if len(words) < HELD_OUT * max(at_least, BLOCK):
+    if len(words) < (needed := HELD_OUT * max(at_least, BLOCK)):
         raise ValueError(
-            f"the .py files in {folder} hold {len(words)} words, and "
-            f"{HELD_OUT * max(at_least, BLOCK)} are needed. Give another folder with "
-            "--text."
+            f"the .py files in {folder} hold {len(words)} words, and {needed} are "
+            "needed."
         )
-    vocabulary = [word for word, _ in Counter(words).most_common()]
-    index = {word: i for i, word in enumerate(vocabulary)}
-    text = np.array([index[word] for word in words], np.int32)
+    common = [word for word, _ in Counter(words).most_common(vocabulary - 1)]
+    index = {word: i for i, word in enumerate(common)}
+    text = np.array([index.get(word, vocabulary - 1) for word in words], np.int32)
     held_out = np.arange(len(text)) // BLOCK % HELD_OUT == HELD_OUT - 1
-    return Words(vocabulary, text[~held_out], text[held_out])
+    return Words(text[~held_out], text[held_out])
 
 
 def words_of(path: Path) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Greedy and beam search, jitted, over anything that starts and steps a cache."""
+"""Beam search, jitted, over anything that starts and steps a cache."""
 
 from typing import Any, NamedTuple, Protocol
 
@@ -38,49 +38,6 @@ def _log_probabilities(logits: jax.Array, last: jax.Array) -> jax.Array:
     log_p = nnx.log_softmax(logits).at[:, PAD].set(NEVER)
     is_end = jnp.arange(log_p.shape[-1])[None] == END
     return jnp.where(last & ~is_end, NEVER, log_p)
-
-
-@nnx.jit(static_argnames="length")
-def greedy_search(
-    model: Decoder, source: jax.typing.ArrayLike, length: int
-) -> jax.Array:
-    """Returns the translation that takes the likeliest token at every place.
-
-    Args:
-      model: In evaluation mode.
-      source: int32[batch, source length].
-      length: The most tokens of a translation, END included.
-
-    Returns:
-      int32[batch, length], closed by END, then PAD; of a source that is nothing but
-      PAD, PAD.
-    """
-    rows = jnp.shape(source)[0]
-
-    def unfinished(carry):
-        position, _, ended, *_ = carry
-        return (position < length) & ~jnp.all(ended)
-
-    def write(carry):
-        position, tokens, ended, last, cache = carry
-        logits, cache = model.step(last, position, cache)
-        log_p = _log_probabilities(logits, position == length - 1)
-        chosen = jnp.where(ended, PAD, jnp.argmax(log_p, axis=-1))
-        tokens = tokens.at[:, position].set(chosen)
-        return position + 1, tokens, ended | (chosen == END), chosen, cache
-
-    _, tokens, *_ = jax.lax.while_loop(
-        unfinished,
-        write,
-        (
-            jnp.int32(0),
-            jnp.full((rows, length), PAD),
-            jnp.asarray(source)[:, 0] == PAD,  # rows that only fill
-            jnp.full(rows, END),
-            model.start(source, length),
-        ),
-    )
-    return tokens
 
 
 @nnx.jit(static_argnames=("length", "beam"))

@@ -7,23 +7,13 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.contestants import (
-    B3,
+from experiments.common.contestants import (
     CONTESTANTS,
-    SLACKS,
     Schedule,
     at_rate,
     create,
     forgetful,
-)
-from experiments.other_bounds import (
-    growing,
-    lag_corrected,
-    matched_b3,
-    scale_by_bounded_adam,
-    shared,
-    slack,
-    steps_to_open,
+    scale_by_adamod_with_rule,
 )
 from optax_adamod import adamod
 
@@ -51,10 +41,6 @@ def updates_of(tx, steps=60, shrink=SHRINK):
 
 def contestant(name, rate=1e-3, schedule=None):
     return at_rate(create(CONTESTANTS[name], schedule or Schedule(B2)), rate)
-
-
-def rate_of(step):
-    return 1e-3 * (1 + jnp.sin(jnp.asarray(step, jnp.float32) / 5))
 
 
 @pytest.mark.parametrize(
@@ -105,102 +91,46 @@ def test_all_differ():
                 assert np.abs(updates - others).max() > 1e-6, (name, other)
 
 
-def test_without_slack_is_adamod():
-    """Under a learning rate that rises, falls and stops."""
-    mine = optax.chain(
-        scale_by_bounded_adam(slack(1, B3), B2, rate_of),
-        optax.scale_by_learning_rate(rate_of),
+def waking(steps=60, first=20):
+    """Coordinates whose gradient is zero at first, now and then, always, and never."""
+    gradients = np.random.default_rng(0).normal(size=(steps, 4)).astype(np.float32)
+    gradients[:first, 0] = 0
+    gradients[::3, 1] = 0
+    gradients[:, 3] = 0
+    return gradients
+
+
+def oracle(gradients, *, rule, b1, b2, b3, eps=1e-8):
+    """Algorithm 1 in float64, with or without the rule, per learning rate."""
+    m = v = s = np.zeros(gradients.shape[1])
+    updates = []
+    for t, g in enumerate(gradients.astype(np.float64), 1):
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * g**2
+        eta = 1 / (np.sqrt(v / (1 - b2**t)) + eps)
+        s = b3 * s + (1 - b3) * (np.where(v > 0, eta, 0) if rule else eta)
+        updates.append(np.minimum(eta, s) * m / (1 - b1**t))
+    return np.stack(updates)
+
+
+@pytest.mark.parametrize("rule", [False, True])
+def test_the_rule_is_algorithm_1_with_rates_of_zero_before_the_first_gradient(rule):
+    gradients, settings = waking(), dict(b1=0.9, b2=B2, b3=0.99)
+    tx = (
+        scale_by_adamod_with_rule(**settings, eps=1e-8)
+        if rule
+        else optax.chain(adamod(1.0, **settings), optax.scale(-1))
     )
-    expected = adamod(rate_of, b2=B2, b3=B3)
-    chex.assert_trees_all_close(
-        updates_of(mine), updates_of(expected), rtol=1e-4, atol=1e-9
-    )
-
-
-def test_a_rate_of_zero_is_a_step_of_zero():
-    for bound in (slack(2, B3), shared(B3, rows=True), lag_corrected(B3)):
-        tx = scale_by_bounded_adam(bound, B2, lambda count: 0.0)
-        for updates in updates_of(tx, steps=3):
-            chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, PARAMS))
-
-
-def opened(bound, steps, steady=3.0):
-    """Returns the bound over steady rates, at every step."""
-    eta, found = jnp.full((2, 3), steady), []
-    state = bound.init(eta)
-    for count in range(1, steps + 1):
-        state, limit = bound.limit(state, eta, jnp.asarray(count))
-        found.append(limit / steady)
-    return np.asarray(found)[:, 0, 0]
-
-
-@pytest.mark.parametrize("c", SLACKS)
-def test_slack_opens_when_it_says(c):
-    steps = steps_to_open(c, B3)
-    found = opened(slack(c, B3), int(steps) + 2)
-    assert found[int(steps) - 1] < 1 <= found[int(steps)]
-
-
-@pytest.mark.parametrize("c", SLACKS)
-def test_the_control_holds_back_as_much(c):
-    held = np.maximum(0, 1 - opened(slack(c, B3), 300)).sum()
-    control = (1 - opened(slack(1, matched_b3(c, B3)), 1000)).sum()
-    # Sums over steps, of which the integrals are equal.
-    assert control == pytest.approx(held, abs=0.6)
-    assert matched_b3(c, B3) < B3
-
-
-def test_a_lag_is_corrected():
-    """Of rates that rise steadily, a double average has no lag in the end."""
-    bound, plain = lag_corrected(0.9), slack(1, 0.9)
-    state, other = bound.init(jnp.zeros(1)), plain.init(jnp.zeros(1))
-    for count in range(1, 301):
-        eta = jnp.full(1, float(count))
-        state, limit = bound.limit(state, eta, jnp.asarray(count))
-        other, lagging = plain.limit(other, eta, jnp.asarray(count))
-    np.testing.assert_allclose(limit, eta, rtol=1e-4)
-    np.testing.assert_allclose(lagging, eta - 9, rtol=1e-3)
-
-
-def test_a_fall_is_not_corrected():
-    bound = lag_corrected(0.9)
-    state = bound.init(jnp.zeros(1))
-    for count in range(1, 200):
-        eta = jnp.full(1, 1.0 if count < 100 else 1e-3)
-        state, limit = bound.limit(state, eta, jnp.asarray(count))
-        assert limit[0] > 0
-
-
-def test_a_horizon_grows():
-    """What one step adds to the bound is less, the later it comes."""
-    bound = growing(30, 1 / 8)
-    for count, horizon in ((1, 30.125), (800, 130)):
-        _, limit = bound.limit(jnp.zeros(1), jnp.ones(1), jnp.asarray(count))
-        np.testing.assert_allclose(limit, 1 / horizon, rtol=1e-6)
-
-
-@pytest.mark.parametrize("rows", [True, False])
-def test_shared_bounds_keep_proportions(rows):
-    bound = shared(B3, rows=rows)
-    eta = jnp.asarray([[1.0, 2.0], [4.0, 8.0]])
-    state = bound.init(eta)
-    assert state.size == (2 if rows else 1)
-    for count in range(1, 70):
-        state, limit = bound.limit(state, eta, jnp.asarray(count))
-    np.testing.assert_allclose(limit / eta, 1 - B3**69, rtol=1e-4)
-    # The first row's rates are ten times as large: its bound holds back only them.
-    jumped = eta * jnp.asarray([[10.0], [1.0]])
-    _, limit = bound.limit(state, jumped, jnp.asarray(70))
-    factors = np.asarray(limit / jumped)
-    np.testing.assert_allclose(factors[:, 0], factors[:, 1], rtol=1e-6)
-    if rows:
-        assert factors[0, 0] < 0.2 < 0.5 < factors[1, 0]
-    else:
-        assert factors[0, 0] == factors[1, 0] < 0.5
+    state, updates = tx.init(jnp.zeros(4)), []
+    for g in gradients:
+        update, state = tx.update(jnp.asarray(g), state)
+        updates.append(update)
+    expected = oracle(gradients, rule=rule, **settings)
+    np.testing.assert_allclose(updates, expected, rtol=1e-4, atol=1e-8)
 
 
 def test_one_compiled_step_for_all_rates():
-    creates = create(CONTESTANTS["AdaMod, slack 2"], Schedule(B2))
+    creates = create(CONTESTANTS["AdaMod, b3 0.99"], Schedule(B2))
     first, second = at_rate(creates, 1e-3), at_rate(creates, 2e-3)
     assert first.update is second.update
     for a, b in zip(updates_of(first), updates_of(second), strict=True):

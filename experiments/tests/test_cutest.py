@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from experiments import cutest
-from experiments.contestants import CONTESTANTS, Schedule, create
+from experiments.common.contestants import CONTESTANTS, Schedule, create
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -33,32 +33,34 @@ def test_lowest_is_that_of_the_optimizer():
     assert expected[-1] > lowest[-1]  # it overshoots, so the lowest is told apart
 
 
-def test_solved_is_near_the_best_of_all():
+def test_solved_is_near_the_best_of_all(monkeypatch):
     first = {
         "Adam": {"0.1": [10.0, 5.0, 0.02], "1": [10.0, 9.0, None]},
         "RAdam": {"0.1": [10.0, 0.0, 0.0], "1": [10.0, 10.0, 10.0]},
     }
-    found = cutest.solved([first], tolerance=1e-2)
+    monkeypatch.setattr(cutest, "TOLERANCE", 1e-2)
+    found = cutest.solved([first])
     np.testing.assert_array_equal(found["Adam"][0], [[0, 0, 1], [0, 0, 0]])
     np.testing.assert_array_equal(found["RAdam"][0], [[0, 1, 1], [0, 0, 0]])
-    assert not cutest.solved([first], tolerance=1e-3)["Adam"].any()
+    monkeypatch.setattr(cutest, "TOLERANCE", 1e-3)
+    assert not cutest.solved([first])["Adam"].any()
 
 
-def test_csv_says_when_a_problem_was_solved(tmp_path):
+def test_csv_says_when_a_problem_was_solved(tmp_path, monkeypatch):
+    monkeypatch.setattr(cutest, "RATES", (0.1, 1.0))
     done = np.zeros((1, 2, cutest.KEPT + 1), bool)
     done[0, 1, 3:] = True
     path = tmp_path / "cutest.csv"
-    cutest.write_csv({"Adam": done}, ["ONE"], (0.1, 1.0), 400, path)
+    cutest.write_csv({"Adam": done}, ["ONE"], path)
     lines = path.read_text().splitlines()
-    assert lines == ["problem,optimizer,lr 0.1,lr 1", "ONE,Adam,,30"]
+    assert lines == ["problem,optimizer,lr 0.1,lr 1", "ONE,Adam,,120"]
 
 
 @pytest.mark.slow
-def test_a_problem(tmp_path, capsys):
-    options = cutest.Options(
-        contestants=("Adam",), rates=(1e-3, 0.1), steps=40, problems=("ROSENBR",),
-        output=tmp_path,
-    )  # fmt: skip
+def test_a_problem(tmp_path, capsys, monkeypatch):
+    for name, value in {"NAMES": ("Adam",), "RATES": (1e-3, 0.1), "STEPS": 40}.items():
+        monkeypatch.setattr(cutest, name, value)
+    options = cutest.Options(problems=("ROSENBR",), output=tmp_path)
     found = cutest.main(options)
     assert found["Adam"].shape == (1, 2, cutest.KEPT + 1)
     assert "| Adam | 0.1 | 100.0 | 100.0 |" in capsys.readouterr().out

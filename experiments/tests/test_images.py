@@ -1,7 +1,5 @@
 """Are the experiments' images, models and optimizers what they should be?"""
 
-import dataclasses
-
 import datasets
 import jax
 import jax.numpy as jnp
@@ -11,10 +9,11 @@ from flax import nnx
 from PIL import Image
 
 from examples.common.resnet import ResNet
-from experiments import densenet, image_classification, robustness
+from experiments import densenet, robustness
 from experiments.data import images as data
-from experiments.image_classification import Options, accuracy, optimizers
 from experiments.models.densenet import DenseNet
+from experiments.tasks import images as tasks
+from experiments.tasks.images import Options, accuracy, optimizers
 
 
 def parameters(create):
@@ -198,7 +197,7 @@ def test_accuracy():
 
 
 def test_accuracy_goes_through_all_test_images(monkeypatch):
-    monkeypatch.setattr(image_classification, "EVALUATED", 3)
+    monkeypatch.setattr(tasks, "EVALUATED", 3)
     test_accuracy()
 
 
@@ -206,17 +205,16 @@ def test_accuracy_goes_through_all_test_images(monkeypatch):
 @pytest.mark.parametrize("experiment", [robustness, densenet])
 def test_experiments_run(experiment, tmp_path, capsys, monkeypatch):
     name = experiment.__name__.split(".")[-1]
-    monkeypatch.setattr("sys.argv", [f"{name}.py", "--epochs", "1"])
+    monkeypatch.setattr("sys.argv", [f"{name}.py", "--seeds", "1"])
     monkeypatch.setattr(robustness, "LEARNING_RATES", (0.01,))
     # Of the same kinds, but of fewer layers to compile.
-    monkeypatch.setattr(robustness, "ResNet", lambda _, *x, **y: ResNet((1,), *x, **y))
-    monkeypatch.setattr(
-        densenet, "DenseNet", lambda _, *x, **y: DenseNet((1, 1), *x, **y)
-    )
-    monkeypatch.setattr(image_classification, "ROWS", 2)
-    experiment.main(Options(epochs=1, seeds=1, output=tmp_path))
+    monkeypatch.setitem(robustness.MODELS, "laptop", ((1,), 8))
+    monkeypatch.setitem(densenet.MODELS, "laptop", ((1, 1), 8))
+    monkeypatch.setitem(tasks.SIZES, "laptop", tasks.Size(1, 64, 0.99))
+    monkeypatch.setattr(tasks, "ROWS", 2)
+    experiment.main(Options(seeds=1, output=tmp_path))
     printed = capsys.readouterr().out
-    assert f"`python -m experiments.{name} --epochs 1`" in printed
+    assert f"`python -m experiments.{name} --seeds 1`" in printed
     assert "Test accuracy after 22 steps" in printed
     assert "| AdaMod, b3 0.99 |" in printed
     assert "22, 0.2 horizons of 100 |" in printed
@@ -226,21 +224,8 @@ def test_experiments_run(experiment, tmp_path, capsys, monkeypatch):
         assert (folder / f"{name}.{ending}").stat().st_size > 100
 
 
-@pytest.mark.parametrize(
-    ("nonsense", "message"),
-    [
-        ({"epochs": 0}, "--epochs must be at least 1, got 0"),
-        ({"seeds": 0}, "--seeds must be at least 1, got 0"),
-        ({"b3": 1.0}, r"--b3 must be in \[0, 1\), got 1.0"),
-        ({"data": "x"}, "--data needs --size full"),
-    ],
-)
-def test_nonsense_is_refused(nonsense, message):
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(Options(), **nonsense)
-
-
-def test_defaults_of_the_sizes():
-    assert (Options().epochs, Options().b3) == (40, 0.99)
-    full = Options(size="full")
-    assert (full.epochs, full.b3) == (300, 0.999)
+def test_nonsense_is_refused():
+    with pytest.raises(ValueError, match="--seeds must be at least 1, got 0"):
+        Options(seeds=0)
+    with pytest.raises(ValueError, match="--data needs --size full"):
+        Options(data="x")

@@ -12,72 +12,12 @@ import pytest
 from flax import nnx
 
 from experiments import late_starters
+from experiments.common.contestants import scale_by_adamod_with_rule
+from experiments.common.training import loss_and_rest
 from experiments.late_starters import Key, Options
-from experiments.late_tasks import BYTES, LATE_EXPERTS, NEW, TASKS, Size, with_pairs
-from experiments.lazy_bounds import lazy_adamod, scale_by_lazy_adamod
-from experiments.training import loss_and_rest
-from optax_adamod import adamod
+from experiments.tasks.late import BYTES, LATE_EXPERTS, NEW, TASKS, Size, with_pairs
 
 SMALL = Size(steps=6, depth=2, width=8, pretraining=2)
-SETTINGS = dict(b1=0.9, b2=0.98, b3=0.99)
-
-
-def follow(tx, gradients):
-    """The updates of a trajectory of gradients."""
-    params = jnp.zeros_like(gradients[0])
-
-    def step(state, g):
-        updates, state = tx.update(g, state, params)
-        return state, updates
-
-    return jax.lax.scan(step, tx.init(params), jnp.asarray(gradients))[1]
-
-
-def waking(steps=60, first=20):
-    """Coordinates whose gradient is zero at first, now and then, always, and never."""
-    gradients = np.random.default_rng(0).normal(size=(steps, 4)).astype(np.float32)
-    gradients[:first, 0] = 0
-    gradients[::3, 1] = 0
-    gradients[:, 3] = 0
-    return gradients
-
-
-def oracle(gradients, *, rule, b1, b2, b3, eps=1e-8):
-    """Algorithm 1 in float64, with or without the rule, per learning rate."""
-    m = v = s = np.zeros(gradients.shape[1])
-    updates = []
-    for t, g in enumerate(gradients.astype(np.float64), 1):
-        m = b1 * m + (1 - b1) * g
-        v = b2 * v + (1 - b2) * g**2
-        eta = 1 / (np.sqrt(v / (1 - b2**t)) + eps)
-        s = b3 * s + (1 - b3) * (np.where(v > 0, eta, 0) if rule else eta)
-        updates.append(np.minimum(eta, s) * m / (1 - b1**t))
-    return np.stack(updates)
-
-
-@pytest.mark.parametrize("name", ["published", "started"])
-def test_the_arithmetic_is_algorithm_1_with_and_without_the_rule(name):
-    gradients = waking()
-    updates = follow(scale_by_lazy_adamod(name, **SETTINGS), gradients)
-    expected = oracle(gradients, rule=name == "started", **SETTINGS)
-    chex.assert_trees_all_close(updates, expected.astype(np.float32), rtol=1e-4)
-
-
-def test_published_is_the_librarys_and_the_rule_too_from_the_first_gradient_on():
-    gradients = waking()
-    library = follow(adamod(0.01, **SETTINGS), gradients)
-    published = follow(lazy_adamod(0.01, "published", **SETTINGS), gradients)
-    # Absolutely where a momentum crosses zero.
-    chex.assert_trees_all_close(published, library, rtol=1e-4, atol=1e-8)
-    started = follow(lazy_adamod(0.01, "started", **SETTINGS), gradients)
-    always = 2
-    np.testing.assert_allclose(
-        started[:, always], library[:, always], rtol=1e-4, atol=1e-8
-    )
-    # One zero gradient takes the published bound away: the first step is 100 times as
-    # large as that of a bound which opens over 100 steps.
-    first = np.abs([x[20, 0] for x in (published, started)])
-    np.testing.assert_allclose(first[0] / first[1], 100, rtol=1e-3)
 
 
 def late_of(name, params):
@@ -234,7 +174,9 @@ def test_a_vector_is_as_good_as_many_leaves():
     )
     with late_starters.tqdm(disable=True) as progress:
         (mine,) = late_starters.final_losses(task, creates, [1e-2], 0, progress)
-    tx = lazy_adamod(1e-2, "started", **SETTINGS)
+    tx = optax.chain(
+        scale_by_adamod_with_rule(0.9, 0.98, 0.99, 1e-8), optax.scale(-1e-2)
+    )
     _, params, rest = late_starters.initial(task, 0)
     state = tx.init(params)
     both = jax.jit(jax.value_and_grad(loss_and_rest(task), has_aux=True))

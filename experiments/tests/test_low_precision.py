@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 from experiments import low_precision
-from experiments.nearest import bfloat16_to_nearest, float8_to_nearest
-from experiments.training import Task, in_bfloat16
+from experiments.common.nearest import bfloat16_to_nearest, float8_to_nearest
+from experiments.common.training import Task, in_bfloat16
 from optax_adamod import Float8Array, adamod
 
 CASES = ("float32", "8 bits", "8 bits, bfloat16 weights", "8 bits, rounded to nearest")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import ppo
-from experiments.ppo import COPIES, DECAY, DISCOUNT, ROLLOUT, Network, Play, Taken
+from experiments.tasks import ppo
+from experiments.tasks.ppo import COPIES, DECAY, DISCOUNT, ROLLOUT, Network, Play, Taken
 
 LENGTH = 9  # steps of an episode
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from experiments import run_length
-from experiments.training import Run
+from experiments.common.training import Run
 
 
 def test_the_difference_is_of_the_same_seed_rate_and_length():
@@ -26,10 +26,9 @@ def test_the_difference_is_of_the_same_seed_rate_and_length():
 
 
 @pytest.mark.slow
-def test_the_command_writes_a_row_for_each_length(tmp_path):
-    options = run_length.Options(
-        rates=(1e-2,), seeds=1, b3=0.5, output=tmp_path / "output"
-    )
+def test_the_command_writes_a_row_for_each_length(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_length, "B3", 0.5)
+    options = run_length.Options(rates=(1e-2,), seeds=1, output=tmp_path / "output")
     run_length.main(options)
     text = (tmp_path / "output" / "run_length.md").read_text()
     table = text[text.index("AdaMod's loss less") :]

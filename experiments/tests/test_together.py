@@ -8,9 +8,8 @@ import optax
 import pytest
 from tqdm import tqdm
 
-from experiments.contestants import CONTESTANTS, Schedule, at_rate, create
-from experiments.tests.test_training import squares, task_of, without_seconds
-from experiments.together import (
+from experiments.common.contestants import CONTESTANTS, Schedule, at_rate, create
+from experiments.common.together import (
     finished_so_far,
     go_on_together,
     key_of,
@@ -18,7 +17,8 @@ from experiments.together import (
     train_together,
     write,
 )
-from experiments.training import Run, train
+from experiments.common.training import Run, train
+from experiments.tests.test_training import squares, task_of, without_seconds
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 CREATES = create(CONTESTANTS["AdaMod, b3 0.99"], Schedule(0.98))

@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 from tqdm import tqdm
 
-from experiments import training
-from experiments.training import Run, Task, train, train_all
+from experiments.common import training
+from experiments.common.training import Run, Task, train, train_all
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

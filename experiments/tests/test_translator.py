@@ -192,7 +192,7 @@ def test_beam_search_leaves_the_garden_path():
     probabilities[:, 3, 4] = 1.0
     probabilities[:, 4, END] = 1.0
     model, source = Chain(probabilities), np.array([[2], [3]], np.int32)
-    assert as_lists(decoding.greedy_search(model, source, 4)) == [[2, END]] * 2
+    assert as_lists(decoding.beam_search(model, source, 4, 1)) == [[2, END]] * 2
     assert as_lists(decoding.beam_search(model, source, 4, 3)) == [[3, 4, END]] * 2
     assert likeliest(model, 4, 1.0, 2) == [3, 4, END]
 
@@ -210,14 +210,25 @@ def test_wide_beam_search_finds_the_likeliest(length_penalty):
     assert len(lengths) > 1
 
 
+def greedy(model, length, source):
+    """Takes the likeliest token at every place, and END at the last."""
+    log_p = np.asarray(model.log_p[...])
+    tokens = [source, END]
+    while len(tokens) < length + 1:
+        tokens.append(1 + int(log_p[tokens[-2], tokens[-1], 1:].argmax()))
+        if tokens[-1] == END:
+            return tokens[2:]
+    return [*tokens[2:], END]
+
+
 def test_a_beam_of_one_is_greedy():
     source = np.array([[2], [3], [4]], np.int32)
     lengths = set()
     for seed in range(10):
         model = random_chain(seed)
-        greedy = as_lists(decoding.greedy_search(model, source, 6))
-        assert greedy == as_lists(decoding.beam_search(model, source, 6, 1))
-        lengths |= set(map(len, greedy))
+        found = as_lists(decoding.beam_search(model, source, 6, 1))
+        assert found == [greedy(model, 6, x) for x in (2, 3, 4)]
+        lengths |= set(map(len, found))
     assert {1, 6} < lengths  # some are stopped by the limit
 
 
@@ -226,8 +237,5 @@ def test_rows_that_only_fill_hold_no_search_up():
     probabilities[2, END, END] = 1.0  # after source 2 nothing is written
     probabilities[PAD, END, 3] = probabilities[:, 3, 3] = 1.0  # after PAD ever more 3
     model, source = Chain(probabilities), np.array([[2], [PAD]], np.int32)
-    for found in (
-        decoding.greedy_search(model, source, 6),
-        decoding.beam_search(model, source, 6, 1),
-    ):
-        assert np.asarray(found).tolist() == [[END] + [PAD] * 5, [PAD] * 6]
+    found = decoding.beam_search(model, source, 6, 1)
+    assert np.asarray(found).tolist() == [[END] + [PAD] * 5, [PAD] * 6]

@@ -1,4 +1,4 @@
-"""The optimizers that are compared everywhere: rivals of AdaMod, and other bounds."""
+"""The optimizers that are compared everywhere: AdaMod and its rivals."""
 
 import dataclasses
 import functools
@@ -9,30 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.other_bounds import (
-    B1,
-    EPS,
-    Bound,
-    growing,
-    lag_corrected,
-    matched_b3,
-    scale_by_bounded_adam,
-    shared,
-    slack,
-)
-from optax_adamod import scale_by_adamod
+from optax_adamod import ScaleByAdamodState, scale_by_adamod
 
-B3 = 0.99  # of AdaMod, and of all other bounds
+B1, B3, EPS = 0.9, 0.99, 1e-8
 TUNED = (50, 200, 400)  # steps, of the warm-ups of which the best one counts
-SLACKS = (1.5, 2, 3, 4)
 
 Scale = Callable[[float, optax.Schedule], optax.GradientTransformation]
 Warmup = Callable[[float, Any], Any]  # of b2 and the count
-
-
-def no_warmup(b2: float, count: Any) -> float:
-    del b2, count
-    return 1.0
+Creates = Callable[[jax.typing.ArrayLike], optax.GradientTransformation]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,17 +26,15 @@ class Contestant:
     Attributes:
       scale: Makes its updates per unit of learning rate, from ``b2`` and the schedule.
       warmup: The factor of the learning rate at a count.
-      b3: Of AdaMod and of other bounds.
+      b3: Of AdaMod.
       at_jumps: Whether it warms up again whenever the learning rate jumps.
-      candidate: Whether it is a bound that is tried, or the control of one.
       tuned: Whether it counts as one of several lengths, of which the best is taken.
     """
 
     scale: Scale
-    warmup: Warmup = no_warmup
+    warmup: Warmup = lambda b2, count: 1.0  # noqa: ARG005
     b3: float | None = None
     at_jumps: bool = False
-    candidate: bool = False
     tuned: bool = False
 
 
@@ -85,36 +67,68 @@ def linear(steps: int) -> Warmup:
     return lambda b2, count: jnp.minimum(1, (count + 1) / steps)  # noqa: ARG005
 
 
-def exponential(b3: float, c: float = 1) -> Warmup:
-    """What a bound with slack ``c`` does to steady rates."""
-    return lambda b2, count: jnp.minimum(1, c * (1 - b3 ** (count + 1)))  # noqa: ARG005
+def exponential(b3: float) -> Warmup:
+    """What AdaMod's bound does to steady rates."""
+    return lambda b2, count: untuned_exponential(b3, count)  # noqa: ARG005
 
 
-def adamod(b3: float, *, candidate: bool = False) -> Contestant:
+def adamod(b3: float) -> Contestant:
     return Contestant(
         lambda b2, learning_rate: scale_by_adamod(
             B1, b2, b3, EPS, bound_learning_rate=learning_rate
         ),
         b3=b3,
-        candidate=candidate,
     )
 
 
-def bounded(bound: Bound, b3: float | None = B3) -> Contestant:
-    return Contestant(
-        lambda b2, learning_rate: scale_by_bounded_adam(bound, b2, learning_rate),
-        b3=b3,
-        candidate=True,
-    )
+def adamod_with_rule(b3: float) -> Contestant:
+    """AdaMod whose bound counts rates as 0 before a coordinate's first gradient."""
+    return Contestant(lambda b2, _: scale_by_adamod_with_rule(B1, b2, b3, EPS), b3=b3)
 
 
-# The most telling first, for they are trained in this order.
+def scale_by_adamod_with_rule(
+    b1: float, b2: float, b3: float, eps: float
+) -> optax.GradientTransformation:
+    """Returns AdaMod with the rule, per unit of a constant learning rate.
+
+    As published, the bound averages ``1 / eps`` while a second moment is exactly 0.
+    """
+
+    def init_fn(params: optax.Params) -> ScaleByAdamodState:
+        averages = (optax.tree.zeros_like(params) for _ in range(3))
+        return ScaleByAdamodState(jnp.zeros([], jnp.int32), *averages)
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, ScaleByAdamodState]:
+        del params
+        count = optax.safe_increment(state.count)
+        m_opened, v_opened = (
+            -jnp.expm1(jnp.multiply(count, jnp.log(b))) for b in (b1, b2)
+        )
+
+        def leaf(
+            g: jax.Array, m: jax.Array, v_hat: jax.Array, s: jax.Array
+        ) -> tuple[jax.Array, ...]:
+            m += (1 - b1) * (g - m)
+            v_hat += (1 - b2) / v_opened * (g**2 - v_hat)
+            eta = 1 / (jnp.sqrt(v_hat) + eps)
+            s += (1 - b3) * (jnp.where(v_hat > 0, eta, 0) - s)
+            return jnp.minimum(eta, s) * m / m_opened, m, v_hat, s
+
+        leaves = jax.tree.map(leaf, updates, state.mu, state.nu, state.bound)
+        updates, *averages = jax.tree.transpose(
+            jax.tree.structure(updates), None, leaves
+        )
+        return updates, ScaleByAdamodState(count, *averages)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+# In the order in which they are trained.
 CONTESTANTS = {
     "Adam, linear warm-up over 2/(1-b2)": Contestant(adam, untuned_linear),
     f"AdaMod, b3 {B3:g}": adamod(B3),
-    "AdaMod, slack 2": bounded(slack(2, B3)),
-    "AdaMod, control of slack 2": adamod(matched_b3(2, B3), candidate=True),
-    "Adam, warm-up of slack 2": Contestant(adam, exponential(B3, 2), candidate=True),
     f"Adam, exponential warm-up, b3 {B3:g}": Contestant(adam, exponential(B3)),
     "Adam": Contestant(adam),
     "RAdam": Contestant(radam),
@@ -130,16 +144,6 @@ CONTESTANTS = {
         adam, untuned_linear, at_jumps=True
     ),
     "AdaMod, b3 0.999": adamod(0.999),
-    "AdaMod, slack 4": bounded(slack(4, B3)),
-    "AdaMod, control of slack 4": adamod(matched_b3(4, B3), candidate=True),
-    "AdaMod, lag corrected": bounded(lag_corrected(B3)),
-    "AdaMod, growing horizon": bounded(growing(30, 1 / 8), None),
-    "AdaMod, bound of each leaf": bounded(shared(B3, rows=False)),
-    "AdaMod, bound of each row": bounded(shared(B3, rows=True)),
-    "AdaMod, slack 1.5": bounded(slack(1.5, B3)),
-    "AdaMod, control of slack 1.5": adamod(matched_b3(1.5, B3), candidate=True),
-    "AdaMod, slack 3": bounded(slack(3, B3)),
-    "AdaMod, control of slack 3": adamod(matched_b3(3, B3), candidate=True),
 }
 
 
@@ -163,9 +167,7 @@ class Schedule:
     forgets_at: int | None = None
 
 
-def create(
-    contestant: Contestant, schedule: Schedule
-) -> Callable[[jax.typing.ArrayLike], optax.GradientTransformation]:
+def create(contestant: Contestant, schedule: Schedule) -> Creates:
     """Returns what makes the contestant's optimizer from a learning rate."""
 
     def at(learning_rate: jax.typing.ArrayLike) -> optax.GradientTransformation:
@@ -222,9 +224,6 @@ class AtRateState(NamedTuple):
 
     learning_rate: jax.Array
     inner: Any
-
-
-Creates = Callable[[jax.typing.ArrayLike], optax.GradientTransformation]
 
 
 def at_rate(creates: Creates, learning_rate: float) -> optax.GradientTransformation:

@@ -16,14 +16,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from examples.common.stdlib_text import FOLDER, load_text
 from examples.common.transformer import BYTES, Transformer
-from experiments.compared_tasks import B2, BATCH, CONTEXT, HEADS
-from experiments.comparison import GRID
-from experiments.data.changes import HEADERS, Switching, Weighted
-from experiments.data.text import batches, unigram_entropy
-from experiments.language_modelling import loss
-from experiments.training import (
+from experiments.common.comparison import GRID
+from experiments.common.training import (
     Batch,
     Batches,
     Run,
@@ -31,7 +26,12 @@ from experiments.training import (
     compiled_step,
     initial_state,
 )
+from experiments.data.changes import Switching, Weighted
+from experiments.data.text import batches, unigram_entropy
+from experiments.tasks import text
+from experiments.tasks.text import B2, CONTEXT, loss
 
+BATCH = 8
 RANK = 4  # of LoRA
 EXPERTS, LATE_EXPERTS = 4, 2  # in all, and those that no token reaches at first
 RARE = 1.5  # by how much the router's logits of late experts are lowered afterwards
@@ -79,35 +79,35 @@ class Late:
 
 
 def python_text() -> np.ndarray:
-    return load_text(FOLDER, at_least=BATCH * CONTEXT)
+    return text.python_text(BATCH)
+
+
+def c_text() -> np.ndarray:
+    return text.c_text(BATCH)
 
 
 def model_of(size: Size, **options: Any) -> Callable[[nnx.Rngs], Transformer]:
-    return lambda rngs: Transformer(
-        size.depth, size.width, HEADS, CONTEXT, rngs=rngs, **options
-    )
-
-
-def of_text(
-    size: Size,
-    text: np.ndarray,
-    create_model: Callable[[nnx.Rngs], nnx.Module],
-    loss: Callable[[nnx.Module, Batch], jax.Array] = loss,
-    **options: Any,
-) -> Late:
-    """Returns a task whose batches are windows of the text, with a gate."""
-    task = Task(
-        create_model,
-        loss,
-        lambda seed: gated(size, batches(text, CONTEXT, seed, BATCH)),
-        size.steps,
-        row_every=size.steps,
-    )
-    return Late(task, unigram_entropy(text), **options)
+    return text.model_of(size.depth, size.width, **options)
 
 
 def gated(size: Size, batches: Batches) -> Batches:
     return Weighted(batches, lambda step: float(step >= size.start))
+
+
+def of_text(
+    size: Size,
+    found: np.ndarray,
+    create_model: Callable[[nnx.Rngs], nnx.Module],
+    loss: Callable[[nnx.Module, Batch], jax.Array] = loss,
+    change: Callable[[Batches, int], Batches] = lambda batches, seed: batches,  # noqa: ARG005
+    **options: Any,
+) -> Late:
+    """Returns a task whose batches are windows of the text, with a gate."""
+    task = text.task_of(
+        create_model, size.steps, size.steps, BATCH, found, loss,
+        lambda batches, seed: gated(size, change(batches, seed)),
+    )  # fmt: skip
+    return Late(task, unigram_entropy(found), **options)
 
 
 def zero_head(size: Size) -> Late:
@@ -195,10 +195,6 @@ def lora(size: Size) -> Late:
     # The updates of a product of two small matrices may be larger.
     rates = (2e-3, 5e-3, 1e-2, 3e-2, 1e-1)
     return of_text(size, c_text(), create, rates=rates)
-
-
-def c_text() -> np.ndarray:
-    return load_text(HEADERS, BATCH * CONTEXT, "**/*.h")
 
 
 def full_fine_tuning(size: Size) -> Late:
@@ -304,17 +300,14 @@ def new_tokens(size: Size) -> Late:
         nnx.update(model, state)
         return model
 
-    text = python_text()
-    paired = with_pairs(text)
-
-    def switched(seed: int) -> Batches:
-        before, after = (batches(x, CONTEXT, seed, BATCH) for x in (text, paired))
-        return gated(size, Switching(after, before, ((0, size.start),)))
-
-    late = of_text(size, paired, create, extended_loss)
-    return dataclasses.replace(
-        late, task=dataclasses.replace(late.task, batches=switched)
-    )
+    plain = python_text()
+    before = ((0, size.start),)
+    return of_text(
+        size, with_pairs(plain), create, extended_loss,
+        lambda paired, seed: Switching(
+            paired, batches(plain, CONTEXT, seed, BATCH), before
+        ),
+    )  # fmt: skip
 
 
 def extend(old: Any, new: jax.Array) -> jax.Array:

@@ -8,8 +8,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from examples.common.results import table
-from experiments.report import budget, final_value, grouped
-from experiments.training import History, Row
+from experiments.common.report import (
+    budget,
+    final_value,
+    grouped,
+    rates_of,
+    save_figure,
+)
+from experiments.common.training import History, Row
 
 LEFT = 0.25  # nats below the plateau: a run has left it
 BACK = 0.1  # nats below the plateau: a run that had left it is back
@@ -65,7 +71,7 @@ def draw_heat_map(history: History, plateau: float, final: int, path: Path) -> N
     Each cell is the mean over seeds; ``final`` is the rows of which a loss is the mean.
     """
     groups = grouped(history)
-    rates = sorted({rate for by_rate in groups.values() for rate in by_rate})
+    rates = rates_of(history)
     losses = np.full((len(groups), len(rates)), np.nan)
     notes = np.full(losses.shape, "", object)
     for i, by_rate in enumerate(groups.values()):
@@ -105,5 +111,4 @@ def draw_heat_map(history: History, plateau: float, final: int, path: Path) -> N
     axis.set_yticks(range(len(groups)), list(groups))
     axis.set_xlabel("learning rate")
     figure.colorbar(image, label="final loss, nats per byte", extend="max")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_figure(figure, path)

@@ -7,33 +7,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from examples.common.stdlib_text import FOLDER, load_text
-from experiments import language_modelling
-from experiments.compared_tasks import (
-    B2,
-    BATCH,
-    CONTEXT,
-    UNITS,
-    Size,
-    byte_model,
-)
-from experiments.comparison import Compared
-from experiments.contestants import Schedule
-from experiments.data.changes import (
-    HEADERS,
-    Spans,
-    Switching,
-    Weighted,
-    easy_batches,
-    within,
-)
+from experiments.common.comparison import Compared, Spans
+from experiments.common.contestants import Schedule
+from experiments.common.training import Batch, Task
+from experiments.data.changes import Switching, Weighted, easy_batches, within
 from experiments.data.text import batches
-from experiments.training import Batch, Batches, Task
+from experiments.tasks import text
+from experiments.tasks.steady import B2, BATCH, UNITS, Size
 
 DEPTH = 4
 LOWEST = 0.01  # of the learning rate, to which it decays before it jumps
 EASY = ((3, 4), (6, 11))  # units: stretches of 100 and of 500 steps
-EASY_UNITS = 14
 SMALL = ((3, 5),)  # units in which the gradients are small
 WEIGHT = 1e-3  # of the gradients there
 
@@ -42,35 +26,22 @@ def in_steps(size: Size, units: Spans) -> Spans:
     return tuple((start * size.unit, end * size.unit) for start, end in units)
 
 
-def byte_task(
-    size: Size, units: int, batches: Callable[[int], Batches], loss: Any
-) -> Task:
-    """Returns the Post-LN Transformer of 4 blocks on other batches."""
-    return Task(
-        create_model=byte_model(size, DEPTH),
-        loss=loss,
-        batches=batches,
-        steps=units * size.unit,
-        row_every=size.row,
-    )
-
-
-def python(seed: int) -> Batches:
-    text = load_text(FOLDER, at_least=BATCH * CONTEXT)
-    return batches(text, CONTEXT, seed, BATCH)
+def task_of(size: Size, units: int = UNITS, **changes: Any) -> Task:
+    """Returns the Post-LN Transformer of 4 blocks, with changes of batches or loss."""
+    model = text.model_of(DEPTH, size.width)
+    return text.task_of(model, units * size.unit, size.row, BATCH, **changes)
 
 
 def switched(size: Size) -> Compared:
     """Returns Python, then C, then Python again; all after the first switch counts."""
-    headers = load_text(HEADERS, BATCH * CONTEXT, "**/*.h")
+    c = text.c_text(BATCH)
     (other,) = in_steps(size, ((3, 6),))
-    task = byte_task(
+    task = task_of(
         size,
         9,
-        lambda seed: Switching(
-            python(seed), batches(headers, CONTEXT, seed, BATCH), (other,)
+        change=lambda python, seed: Switching(
+            python, batches(c, text.CONTEXT, seed, BATCH), (other,)
         ),
-        language_modelling.loss,
     )
     return Compared(task, Schedule(B2), ((other[0], task.steps),))
 
@@ -78,19 +49,15 @@ def switched(size: Size) -> Compared:
 def easy(size: Size, b2: float) -> Compared:
     """Returns Python with stretches of spaces; what is hard after the first counts."""
     spans = in_steps(size, EASY)
-    task = byte_task(
-        size,
-        EASY_UNITS,
-        lambda seed: Switching(python(seed), easy_batches(CONTEXT, BATCH), spans),
-        language_modelling.loss,
-    )
+    spaces = easy_batches(text.CONTEXT, BATCH)
+    task = task_of(size, 14, change=lambda hard, _: Switching(hard, spaces, spans))
     counted = ((spans[0][1], task.steps),)
     return Compared(task, Schedule(b2), counted, left_out=spans)
 
 
 def weighted_loss(model: nnx.Module, batch: Batch) -> jax.Array:
     """Returns the loss, whose gradient has the weight of the batch."""
-    loss = language_modelling.loss(model, batch)
+    loss = text.loss(model, batch)
     weight = jnp.asarray(batch["weight"])
     return weight * loss + jax.lax.stop_gradient((1 - weight) * loss)
 
@@ -98,13 +65,12 @@ def weighted_loss(model: nnx.Module, batch: Batch) -> jax.Array:
 def small_gradients(size: Size) -> Compared:
     """Returns gradients that are a thousandth for a while; all from then on counts."""
     spans = in_steps(size, SMALL)
-    task = byte_task(
+    task = task_of(
         size,
-        UNITS,
-        lambda seed: Weighted(
-            python(seed), lambda step: WEIGHT if within(spans, step) else 1.0
+        loss=weighted_loss,
+        change=lambda usual, _: Weighted(
+            usual, lambda step: WEIGHT if within(spans, step) else 1.0
         ),
-        weighted_loss,
     )
     return Compared(task, Schedule(B2), ((spans[0][0], task.steps),))
 
@@ -112,15 +78,6 @@ def small_gradients(size: Size) -> Compared:
 def cosine(done: Any) -> Any:
     """Falls from 1 to ``LOWEST`` as ``done`` goes from 0 to 1."""
     return LOWEST + (1 - LOWEST) * (1 + jnp.cos(jnp.pi * done)) / 2
-
-
-def jumping(size: Size, schedule: Schedule, counted: Spans) -> Compared:
-    task = byte_task(size, UNITS, python, language_modelling.loss)
-    return Compared(task, schedule, counted)
-
-
-def second_half(size: Size) -> Spans:
-    return in_steps(size, ((UNITS // 2, UNITS),))
 
 
 def restarts(size: Size) -> Compared:
@@ -131,18 +88,18 @@ def restarts(size: Size) -> Compared:
         shape=lambda count: cosine(count % period / period),
         since_jump=lambda count: count % period,
     )
-    return jumping(size, schedule, size.last(UNITS))
+    return Compared(task_of(size), schedule, size.last)
 
 
 def rewarmed(size: Size) -> Compared:
     """Returns decay over half of the budget, then the full rate; that half counts."""
-    half = UNITS * size.unit // 2
+    half = size.steps // 2
     schedule = Schedule(
         B2,
         shape=lambda count: jnp.where(count < half, cosine(count / half), 1.0),
         since_jump=lambda count: jnp.where(count < half, count, count - half),
     )
-    return jumping(size, schedule, second_half(size))
+    return Compared(task_of(size), schedule, ((half, size.steps),))
 
 
 def resumed(size: Size) -> Compared:
@@ -151,8 +108,8 @@ def resumed(size: Size) -> Compared:
     The count is part of it, so warm-ups of the schedule begin again too. The second
     half counts.
     """
-    schedule = Schedule(B2, forgets_at=UNITS * size.unit // 2)
-    return jumping(size, schedule, second_half(size))
+    half = size.steps // 2
+    return Compared(task_of(size), Schedule(B2, forgets_at=half), ((half, size.steps),))
 
 
 TASKS: dict[str, Callable[[Size], Compared]] = {

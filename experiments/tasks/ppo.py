@@ -16,11 +16,11 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
-from experiments.compared_tasks import B2_OTHERS, UNITS, Size
-from experiments.comparison import Compared
-from experiments.contestants import Schedule
-from experiments.together import row_of
-from experiments.training import History, Run, Task, assemble, initial_state
+from experiments.common.comparison import Compared
+from experiments.common.contestants import Schedule
+from experiments.common.together import row_of
+from experiments.common.training import History, Run, Task, assemble, initial_state
+from experiments.tasks.steady import B2_OTHERS, WIDER, Size
 
 COPIES = 10  # of the environment
 ROLLOUT = 128  # steps of each copy, from one iteration to the next
@@ -30,7 +30,6 @@ DISCOUNT, DECAY = 0.99, 0.95  # of rewards, and of the estimate of advantages
 CLIP, ENTROPY, VALUE = 0.2, 0.01, 0.5
 HIDDEN = 32
 SEEDS = 10
-RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 
 class Network(nnx.Module):
@@ -177,7 +176,7 @@ def train(
     runs: Sequence[Run],
     progress: tqdm,
 ) -> History:
-    """Trains runs of one seed, as :func:`experiments.together.go_on_together` does."""
+    """Trains runs of one seed, as ``go_on_together`` does."""
     (update,) = {run.transformation.update for run in runs}
     starts = []
     for run in runs:
@@ -216,7 +215,7 @@ def played(size: Size, name: str, metric: str, sign: int) -> Compared:
         ) from error
     environment, params = gymnax.make(name)
     (inputs,) = environment.observation_space(params).shape
-    steps = max(4, UNITS * size.unit // ITERATION) * ITERATION
+    steps = max(4, size.steps // ITERATION) * ITERATION
     task = Task(
         create_model=lambda rngs: Network(inputs, environment.num_actions, rngs=rngs),
         loss=loss,
@@ -226,7 +225,7 @@ def played(size: Size, name: str, metric: str, sign: int) -> Compared:
     )
     return Compared(
         task, Schedule(B2_OTHERS), ((steps // 4, steps),), metric,
-        higher_is_better=sign > 0, rates=RATES, seeds=SEEDS,
+        higher_is_better=sign > 0, rates=WIDER, seeds=SEEDS,
         train=functools.partial(train, environment, metric, sign),
     )  # fmt: skip
 

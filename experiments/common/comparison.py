@@ -6,11 +6,12 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from experiments.contestants import CONTESTANTS, Schedule
-from experiments.data.changes import Spans
-from experiments.report import grouped
-from experiments.together import Trains, go_on_together
-from experiments.training import History, Row, Task
+from experiments.common.contestants import CONTESTANTS, Schedule
+from experiments.common.report import grouped
+from experiments.common.together import Trains, go_on_together
+from experiments.common.training import History, Row, Task
+
+Spans = Sequence[tuple[int, int]]  # steps from and up to, counted from 0
 
 GRID = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 NEAR = 0.05  # of the best: a learning rate so near to it is a good one
@@ -50,6 +51,15 @@ class Compared:
         jumps = self.schedule.since_jump is not None
         return [name for name, x in CONTESTANTS.items() if jumps or not x.at_jumps]
 
+    def better(self, values: Iterable[float]) -> float:
+        return max(values) if self.higher_is_better else min(values)
+
+    def ratio(self, best: float, value: float) -> float:
+        """Returns how many times as bad a value is as the best, 1 or more."""
+        if not math.isfinite(value):
+            return math.inf
+        return best / value if self.higher_is_better else value / best
+
 
 class Judged(NamedTuple):
     """What a run came to; NaN if it diverged."""
@@ -73,17 +83,12 @@ def judge(compared: Compared, rows: Sequence[Row]) -> Judged:
         for row in rows
         if compared.metric in row and inside(row, compared.counted)
     ]
-    return Judged(statistics.fmean(found), spike(compared.task.steps, rows))
-
-
-def spike(steps: int, rows: Sequence[Row]) -> float:
-    """Returns by how much a loss of a step rises over those before, at most."""
     rises = [0.0]
     for index, row in enumerate(rows):
         before = [x["loss"] for x in rows[max(0, index - MEDIAN) : index]]
-        if before and row["step"] > SETTLED * steps:
+        if before and row["step"] > SETTLED * compared.task.steps:
             rises.append(row["highest loss"] - statistics.median(before))
-    return max(rises)
+    return Judged(statistics.fmean(found), max(rises))
 
 
 class Result(NamedTuple):
@@ -99,17 +104,6 @@ class Result(NamedTuple):
     failed: int  # runs, at any learning rate
     runs: int
     at_edge: bool  # the best learning rate is the grid's first or last
-
-
-def better(compared: Compared, values: Iterable[float]) -> float:
-    return max(values) if compared.higher_is_better else min(values)
-
-
-def ratio(compared: Compared, best: float, value: float) -> float:
-    """Returns how many times as bad a value is as the best, 1 or more."""
-    if not math.isfinite(value):
-        return math.inf
-    return best / value if compared.higher_is_better else value / best
 
 
 def result(compared: Compared, by_rate: Mapping[float, list[Judged]]) -> Result | None:
@@ -129,9 +123,9 @@ def result(compared: Compared, by_rate: Mapping[float, list[Judged]]) -> Result 
         return None
     most = max(len(by_rate[rate]) for rate in means)
     competing = {r: mean for r, mean in means.items() if len(by_rate[r]) == most}
-    best = better(compared, competing.values())
+    best = compared.better(competing.values())
     rate = next(r for r, mean in competing.items() if mean == best)
-    good = [r for r, mean in means.items() if ratio(compared, best, mean) <= 1 + NEAR]
+    good = [r for r, mean in means.items() if compared.ratio(best, mean) <= 1 + NEAR]
     values = [x.value for x in by_rate[rate]]
     return Result(
         rate, best, min(values), max(values), most, max(good) / min(good),
@@ -140,29 +134,31 @@ def result(compared: Compared, by_rate: Mapping[float, list[Judged]]) -> Result 
     )  # fmt: skip
 
 
-def results(compared: Compared, history: History) -> dict[str, Result | None]:
-    """Returns the result of every contestant, the tuned warm-ups as one."""
-    found = {}
-    for name, by_rate in grouped(history).items():
-        judged = {
+def judged_by_rate(
+    compared: Compared, history: History
+) -> dict[str, dict[float, list[Judged]]]:
+    """Returns what every run came to, by contestant and learning rate."""
+    return {
+        name: {
             rate: [judge(compared, history[run]) for run in runs]
             for rate, runs in by_rate.items()
         }
-        found[name] = result(compared, judged)
-    tuned = {
-        name: x for name, x in found.items() if name in CONTESTANTS and _tuned(name)
+        for name, by_rate in grouped(history).items()
     }
+
+
+def results(compared: Compared, history: History) -> dict[str, Result | None]:
+    """Returns the result of every contestant, the best of the tuned warm-ups as one."""
+    found = {
+        name: result(compared, x)
+        for name, x in judged_by_rate(compared, history).items()
+    }
+    tuned = [found.pop(name) for name in [*found] if CONTESTANTS[name].tuned]
     if tuned:
-        fine = [x for x in tuned.values() if x is not None]
-        best = better(compared, [x.mean for x in fine]) if fine else None
-        winner = next((x for x in fine if x.mean == best), None)
-        found = {name: x for name, x in found.items() if name not in tuned}
-        found[TUNED] = winner
+        fine = [x for x in tuned if x is not None]
+        best = compared.better([x.mean for x in fine]) if fine else None
+        found[TUNED] = next((x for x in fine if x.mean == best), None)
     return found
-
-
-def _tuned(name: str) -> bool:
-    return CONTESTANTS[name].tuned
 
 
 def best_rates(

@@ -40,7 +40,6 @@ class Task:
       steps: Training steps of a run, its budget.
       row_every: Steps from one row of a run's history to the next.
       evaluate: What each row records of the model beside its training loss, by name.
-      record: What each row records of the optimizer's state.
       evaluate_every: Steps from one evaluation to the next, a multiple of
         ``row_every``, which it is by default. The last row is always evaluated.
     """
@@ -51,7 +50,6 @@ class Task:
     steps: int
     row_every: int
     evaluate: Callable[[nnx.Module], dict[str, float]] = lambda model: {}  # noqa: ARG005
-    record: Callable[[Any], dict[str, float]] = lambda opt_state: {}  # noqa: ARG005
     evaluate_every: int | None = None
 
 
@@ -63,9 +61,7 @@ class Run:
     transformation: optax.GradientTransformation
     learning_rate: float
     seed: int
-    b3: float | None = (
-        None  # of AdaMod, whose bound has a horizon of 1 / (1 - b3) steps
-    )
+    b3: float | None = None  # of AdaMod; the horizon of its bound is 1 / (1 - b3) steps
 
     def __str__(self) -> str:
         return f"{self.optimizer}, lr {self.learning_rate:g}, seed {self.seed}"
@@ -85,19 +81,10 @@ class TrainState(NamedTuple):
 def train_all(
     task: Task, runs: Sequence[Run], folder: Path, settings: Mapping[str, Any]
 ) -> History:
-    """Trains all runs under one progress bar; what is done already is not done again.
+    """Trains all runs, each in a folder; what is done already is not done again.
 
-    Args:
-      task: What is trained.
-      runs: By what.
-      folder: Holds a folder for each run.
-      settings: What shapes a run beside its optimizer, learning rate and seed.
-
-    Returns:
-      The history of every run.
-
-    Raises:
-      ValueError: The folder holds runs with other settings.
+    The settings are what shapes a run beside its optimizer, learning rate and seed; a
+    folder that holds runs with others is refused.
     """
     folder.mkdir(parents=True, exist_ok=True)
     check_settings(folder / "settings.json", settings)
@@ -129,15 +116,15 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
 def train(task: Task, run: Run, folder: Path, progress: tqdm) -> list[Row]:
     """Trains one run, from its last checkpoint if there is one.
 
-    Returns:
-      Rows with ``step``, ``seconds``, ``loss`` and ``highest loss`` (the mean and the
-      largest since the row before) and what ``task.evaluate`` gave.
-      The last is at ``task.steps``, or where the loss was no longer finite, from which
-      no optimizer here comes back.
+    Rows have ``step``, ``seconds``, ``loss`` and ``highest loss`` (the mean and the
+    largest since the row before) and what ``task.evaluate`` gave. The last is at
+    ``task.steps``, or where the loss was no longer finite, as it then stays.
     """
     progress.set_description(str(run))
     before = progress.n
-    with checkpoints(path_of(run, folder)) as manager:
+    path = path_of(run, folder)
+    options = ocp.CheckpointManagerOptions(1)
+    with ocp.CheckpointManager(path, options=options) as manager:
         rows = restore_rows(manager)
         if not finished(task, rows):
             state = restore_state(manager, initial_state(task, run))
@@ -147,11 +134,8 @@ def train(task: Task, run: Run, folder: Path, progress: tqdm) -> list[Row]:
 
 
 def path_of(run: Run, folder: Path) -> Path:
+    """Returns where the checkpoints of a run are."""
     return (folder / re.sub(r"[^\w.]+", "_", str(run))).absolute()
-
-
-def checkpoints(path: Path) -> ocp.CheckpointManager:
-    return ocp.CheckpointManager(path, options=ocp.CheckpointManagerOptions(1))
 
 
 def finished(task: Task, rows: Sequence[Row]) -> bool:
@@ -190,7 +174,6 @@ def go_on(
             row["highest loss"] = float(since.max())
             if step % (task.evaluate_every or 1) == 0 or step == task.steps:
                 row |= task.evaluate(assemble(task, state.params, state.rest))
-            row |= task.record(state.opt_state)
         else:
             progress.write(f"{run}: the loss of step {step} is {row['loss']}.")
             row["loss"] = math.nan
@@ -228,10 +211,7 @@ def assemble(task: Task, params: dict[Any, Any], rest: dict[Any, Any]) -> nnx.Mo
 def loss_and_rest(
     task: Task,
 ) -> Callable[[dict[Any, Any], dict[Any, Any], Batch], tuple[jax.Array, Any]]:
-    """Returns the loss as a function of parameters, the rest and a batch.
-
-    It returns the new rest beside it.
-    """
+    """Returns a function of parameters, the rest and a batch: loss and new rest."""
 
     def both(params: Any, rest: Any, batch: Batch) -> tuple[jax.Array, Any]:
         model = assemble(task, params, rest)
@@ -245,10 +225,7 @@ def loss_and_rest(
 def compiled_step(
     task: Task, update: optax.TransformUpdateFn
 ) -> Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]:
-    """Returns the jitted step, one for all runs that share ``update``.
-
-    It takes the state's memory over.
-    """
+    """Returns the jitted step of runs that share ``update``; it donates the state."""
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
         (loss, rest), gradients = jax.value_and_grad(loss_and_rest(task), has_aux=True)(

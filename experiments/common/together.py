@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from experiments.training import (
+from experiments.common.training import (
     Batch,
     History,
     Row,
@@ -53,7 +53,7 @@ def train_together(
       train: Trains runs of one seed.
 
     Returns:
-      The history of every run, as :func:`experiments.training.train` has it.
+      The history of every run, as :func:`experiments.common.training.train` has it.
     """
     for seed in sorted({run.seed for run in runs}):
         done = read(path)

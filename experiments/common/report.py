@@ -1,20 +1,25 @@
-"""The report of an experiment: every row as CSV, a Markdown table, curves."""
+"""The report of an experiment: final values as CSV, a Markdown table, curves."""
 
 import csv
 import datetime
+import io
 import math
 import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from PIL import Image
 
 from examples.common.results import machine, table, versions
-from experiments.training import History, Row, Run
+from experiments.common.training import History, Row, Run
 
 PACKAGES = ("jax", "optax", "flax", "numpy")
+COLORS = 256  # of a figure, whose file is a third as large with a palette
 
 
 def report(
@@ -39,12 +44,12 @@ def report(
       extra: Markdown that follows the tables.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_csv(history, folder / f"{name}.csv")
+    budgets = budgets or [max(int(x[-1]["step"]) for x in history.values())]
+    early = [until(history, steps) for steps in budgets]
+    finals = [row for x in early for row in final_rows(x, metric, rows)]
+    write_csv(finals, folder / f"{name}.csv")
     draw_curves(history, metric, folder / f"{name}.png")
-    last = max(int(x[-1]["step"]) for x in history.values())
-    tables = [
-        final_table(until(history, steps), metric, rows) for steps in budgets or [last]
-    ]
+    tables = [final_table(x, metric, rows) for x in early]
     text = "\n\n".join([header(name, history), *tables, *extra])
     (folder / f"{name}.md").write_text(f"# {name}\n\n{text}\n")
     print(f"\n{text}\n\nwritten: {folder / name}.md, .csv and .png")
@@ -52,14 +57,19 @@ def report(
 
 def header(name: str, history: History) -> str:
     """Returns what is needed to run it again: command, date, machine, versions."""
-    used = ", ".join(f"{key} {value}" for key, value in versions(PACKAGES).items())
     minutes = sum(rows[-1]["seconds"] for rows in history.values()) / 60
-    return f"{command_and_date(name)}, {minutes:.0f} minutes; {machine()}; {used}."
+    return f"{command_and_date(name)}, {minutes:.0f} minutes; {environment()}."
 
 
 def command_and_date(name: str) -> str:
     command = shlex.join(["python", "-m", f"experiments.{name}", *sys.argv[1:]])
     return f"`{command}`, {datetime.datetime.now(datetime.UTC).date().isoformat()}"
+
+
+def environment(*packages: str) -> str:
+    """Returns the machine and the versions, also of packages beside the usual."""
+    used = versions((*PACKAGES, *packages)).items()
+    return f"{machine()}; {', '.join(f'{name} {version}' for name, version in used)}"
 
 
 def grouped(history: History) -> dict[str, dict[float, list[Run]]]:
@@ -70,6 +80,10 @@ def grouped(history: History) -> dict[str, dict[float, list[Run]]]:
             run
         )
     return groups
+
+
+def rates_of(history: History) -> list[float]:
+    return sorted({run.learning_rate for run in history})
 
 
 def until(history: History, step: int) -> History:
@@ -91,12 +105,10 @@ def final_table(history: History, metric: str, last: int) -> str:
 
     Beside it the budget, for AdaMod in horizons of its bound.
     """
-    groups = grouped(history)
-    rates = sorted({rate for by_rate in groups.values() for rate in by_rate})
     rows = []
-    for optimizer, by_rate in groups.items():
+    for optimizer, by_rate in grouped(history).items():
         row = {"optimizer": optimizer}
-        for rate in rates:
+        for rate in rates_of(history):
             values = [
                 final_value(history[x], metric, last) for x in by_rate.get(rate, [])
             ]
@@ -118,10 +130,9 @@ def spread(values: Sequence[float]) -> str:
     text = f"{failed} of {len(values)} diverged" if failed else ""
     if not finite:
         return text
-    mean = statistics.fmean(finite)
-    shown = f"{mean:.3f} ({min(finite):.3f} to {max(finite):.3f})"
-    if len(values) == 1:
-        shown = f"{mean:.3f}"
+    shown = f"{statistics.fmean(finite):.3f}"
+    if len(values) > 1:
+        shown += f" ({min(finite):.3f} to {max(finite):.3f})"
     return f"{shown}, {text}" if text else shown
 
 
@@ -133,34 +144,43 @@ def budget(run: Run, steps: int) -> str:
     return f"{steps:,}, {steps / horizon:.1f} horizons of {horizon:,.0f}"
 
 
-def write_csv(history: History, path: Path) -> None:
-    names = list(
-        dict.fromkeys(key for rows in history.values() for x in rows for key in x)
-    )
+def final_rows(history: History, metric: str, last: int) -> list[dict[str, Any]]:
+    """Returns a row for each run: its last one, with the final value of the metric."""
+    return [
+        {
+            "optimizer": run.optimizer,
+            "learning_rate": run.learning_rate,
+            "seed": run.seed,
+            **rows[-1],
+            metric: final_value(rows, metric, last),
+        }
+        for run, rows in history.items()
+    ]
+
+
+def write_csv(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """Writes the rows, numbers with five digits."""
+    rows = list(rows)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["optimizer", "learning_rate", "seed", *names])
+        writer = csv.DictWriter(
+            file, dict.fromkeys(key for row in rows for key in row), lineterminator="\n"
+        )
         writer.writeheader()
-        for run, rows in history.items():
-            about = {
-                "optimizer": run.optimizer,
-                "learning_rate": run.learning_rate,
-                "seed": run.seed,
-            }
-            for row in rows:
-                shown = {key: float(f"{value:.5g}") for key, value in row.items()}
-                writer.writerow(about | shown)
+        for row in rows:
+            writer.writerow(
+                {k: f"{x:.5g}" if isinstance(x, float) else x for k, x in row.items()}
+            )
 
 
 def draw_curves(history: History, metric: str, path: Path) -> None:
     """Draws the metric over the steps: a panel for each learning rate, all seeds."""
-    groups = grouped(history)
-    rates = sorted({rate for by_rate in groups.values() for rate in by_rate})
+    rates = rates_of(history)
     figure, axes = plt.subplots(
         1, len(rates), figsize=(1 + 3.5 * len(rates), 3.8), sharey=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for axis, rate in zip(axes[0], rates, strict=True):
-        for index, (optimizer, by_rate) in enumerate(groups.items()):
+        for index, (optimizer, by_rate) in enumerate(grouped(history).items()):
             for number, run in enumerate(by_rate.get(rate, [])):
                 rows = [row for row in history[run] if metric in row]
                 axis.plot(
@@ -171,5 +191,13 @@ def draw_curves(history: History, metric: str, path: Path) -> None:
         axis.set(title=f"learning rate {rate:g}", xlabel="step")
         axis.legend(fontsize="small")
     axes[0, 0].set_ylabel(metric)
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes the figure with few colors, and closes it."""
+    whole = io.BytesIO()
+    figure.savefig(whole, dpi=100, format="png")
     plt.close(figure)
+    image = Image.open(whole).convert("RGB")
+    image.quantize(COLORS, Image.Quantize.MEDIANCUT).save(path, optimize=True)

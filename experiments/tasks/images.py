@@ -1,9 +1,9 @@
-"""What the experiments on images share: options, optimizers, loss and accuracy."""
+"""Classifiers of images: the task, and the experiments that compare on it."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -11,9 +11,11 @@ import optax
 from flax import nnx
 
 from examples.common.options import check_counts
-from experiments.data.images import Images
-from experiments.report import report
-from experiments.training import Batch, Run, Task, train_all
+from examples.common.resnet import ResNet
+from experiments.common.report import report
+from experiments.common.training import Batch, Run, Task, train_all
+from experiments.data.images import Images, cifar, digits
+from experiments.models.densenet import DenseNet
 from optax_adamod import adamodw
 
 # What the authors' release trains with, by any optimizer.
@@ -23,10 +25,18 @@ DECAY_AT = (1 / 2, 3 / 4)  # of the budget, where the learning rate falls to a t
 ROWS = 20  # of a run's history
 EVALUATED = 1000  # images at once
 
-SIZES = {
-    "laptop": {"epochs": 40, "batch": 64, "b3": 0.99},
-    "full": {"epochs": 300, "batch": 128, "b3": 0.999},
-}
+Creates = Callable[[Images, nnx.Rngs], nnx.Module]
+
+
+class Size(NamedTuple):
+    """What differs between a laptop and the paper."""
+
+    epochs: int
+    batch: int
+    b3: float
+
+
+SIZES = {"laptop": Size(40, 64, 0.99), "full": Size(300, 128, 0.999)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +46,6 @@ class Options:
     size: Literal["laptop", "full"] = "laptop"
     """Laptop: scikit-learn's digits, minutes on two cores. Full: the paper's size, on
     CIFAR, days on a GPU."""
-    epochs: int | None = None
-    """Training epochs of each run; by default 40 or, at full size, 300."""
-    b3: float | None = None
-    """AdaMod's b3; by default 0.99 or, at full size, 0.999."""
     seeds: int = 3
     """How often to repeat everything."""
     data: str | None = None
@@ -48,56 +54,59 @@ class Options:
     """Folder for checkpoints, tables and figures; a run that was stopped goes on."""
 
     def __post_init__(self) -> None:
-        for name, value in SIZES[self.size].items():
-            if getattr(self, name, 0) is None:
-                object.__setattr__(self, name, value)
-        check_counts(self, "epochs", "seeds")
-        if self.b3 is None or not 0 <= self.b3 < 1:
-            raise ValueError(f"--b3 must be in [0, 1), got {self.b3}.")
+        check_counts(self, "seeds")
         if self.data is not None and self.size == "laptop":
             raise ValueError("--data needs --size full; the digits are not loaded.")
 
+    def images(self, classes: int) -> Images:
+        return cifar(classes, self.data) if self.size == "full" else digits()
 
-def compare(
-    name: str,
-    images: Images,
-    create_model: Callable[[nnx.Rngs], nnx.Module],
-    learning_rates: Mapping[str, Sequence[float]],
-    options: Options,
-) -> None:
-    """Trains by every optimizer at each of its learning rates, and reports.
 
-    Args:
-      name: Name of the experiment.
-      images: What is classified.
-      create_model: Makes the classifier.
-      learning_rates: By optimizer: SGD, AdamW or AdaMod.
-      options: The options.
-    """
-    assert options.epochs is not None
-    assert options.b3 is not None
-    batch = SIZES[options.size]["batch"]
-    steps = options.epochs * len(images.train_images) // batch
-    task = Task(
-        create_model=create_model,
+def resnet(blocks: Sequence[int], width: int) -> Creates:
+    return lambda images, rngs: ResNet(
+        blocks, width, images.channels, images.classes, rngs=rngs
+    )
+
+
+def densenet(blocks: Sequence[int], growth: int) -> Creates:
+    return lambda images, rngs: DenseNet(
+        blocks, growth, images.channels, images.classes, rngs=rngs
+    )
+
+
+def task_of(images: Images, model: Creates, steps: int, batch: int) -> Task:
+    return Task(
+        create_model=lambda rngs: model(images, rngs),
         loss=loss,
         batches=lambda seed: images.batches(seed, batch),
         steps=steps,
         row_every=max(1, steps // ROWS),
         evaluate=lambda model: {"test accuracy": accuracy(model, images)},
     )
+
+
+def compare(
+    name: str,
+    images: Images,
+    model: Creates,
+    learning_rates: Mapping[str, Sequence[float]],
+    options: Options,
+) -> None:
+    """Trains by SGD, AdamW or AdaMod at each of its learning rates, and reports."""
+    epochs, batch, b3 = SIZES[options.size]
+    task = task_of(images, model, epochs * len(images.train_images) // batch, batch)
     runs = [
         Run(
-            optimizer if optimizer != "AdaMod" else f"AdaMod, b3 {options.b3:g}",
-            transformation, rate, seed, options.b3 if optimizer == "AdaMod" else None,
+            optimizer if optimizer != "AdaMod" else f"AdaMod, b3 {b3:g}",
+            transformation, rate, seed, b3 if optimizer == "AdaMod" else None,
         )
         for optimizer, rates in learning_rates.items()
         for rate in rates
-        for transformation in [optimizers(rate, steps, options.b3)[optimizer]]
+        for transformation in [optimizers(rate, task.steps, b3)[optimizer]]
         for seed in range(options.seeds)
     ]  # fmt: skip
     output = options.output / f"{name}_{options.size}"
-    settings = {"epochs": options.epochs, "batch": batch, "data": options.data}
+    settings = {"epochs": epochs, "batch": batch, "data": options.data}
     history = train_all(task, runs, output / "runs", settings)
     report(name, history, "test accuracy", output)
 

@@ -1,0 +1,1 @@
+"""What the experiments share: training, optimizers, reports; it imports no task."""
