@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
@@ -26,7 +25,6 @@ from tqdm import tqdm
 
 from examples.common.results import table, versions
 from experiments.common.command import command
-from experiments.common.comparison_report import style
 from experiments.common.contestants import (
     CONTESTANTS,
     Creates,
@@ -34,7 +32,7 @@ from experiments.common.contestants import (
     at_rate,
     create,
 )
-from experiments.common.report import command_and_date, environment, save_figure
+from experiments.common.report import command_and_date, environment
 from experiments.common.report import write_csv as write_rows
 from experiments.common.training import check_settings
 
@@ -195,18 +193,6 @@ def write_csv(
     )
 
 
-def draw(solved_by: Mapping[str, np.ndarray], path: Path) -> None:
-    """Draws the share solved by budget, each at its best learning rate for all."""
-    figure, axes = plt.subplots(figsize=(10, 5.5), layout="constrained")
-    budgets = np.linspace(0, STEPS, KEPT + 1)
-    for name, done in solved_by.items():
-        share = done.mean(axis=0)
-        axes.plot(budgets, share[share[:, -1].argmax()], label=name, **style(name))
-    axes.set(xlabel="gradients", ylabel="share of the problems solved")
-    figure.legend(loc="outside right upper", fontsize="x-small")
-    save_figure(figure, path)
-
-
 def main(options: Options) -> dict[str, np.ndarray]:
     folder = options.output / "problems"
     folder.mkdir(parents=True, exist_ok=True)
@@ -232,7 +218,6 @@ def main(options: Options) -> dict[str, np.ndarray]:
     (options.output / "cutest.md").write_text(text)
     names = [problem.name for problem in problems]
     write_csv(solved_by, names, options.output / "cutest.csv")
-    draw(solved_by, options.output / "cutest.png")
     print(text)
     return solved_by
 

@@ -12,19 +12,13 @@ One seed of all tasks comes first, then the next. A command that was stopped goe
 
 import csv
 import dataclasses
-import functools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
-import numpy as np
-from flax import nnx
-from jax.flatten_util import ravel_pytree
 from tqdm import tqdm
 
 from examples.common.options import check_counts, check_heads
@@ -44,8 +38,8 @@ from experiments.common.report import (
     save_figure,
     spread,
 )
-from experiments.common.together import batches_of, compiled_update
-from experiments.common.training import Task, check_settings, loss_and_rest
+from experiments.common.together import go_on_together
+from experiments.common.training import Run, Task, check_settings
 from experiments.tasks.late import TASKS, Late, Size
 from experiments.tasks.text import B2, HEADS
 
@@ -53,7 +47,6 @@ PUBLISHED, RULE = "AdaMod, published", "AdaMod, with the rule"
 EXPONENTIAL = "Adam, exponential warm-up"
 TUNED = "Adam, tuned linear warm-up"
 LENGTHS = (1 / 12, 1 / 6, 1 / 3)  # of the run's, of the warm-ups of which one counts
-LAST = 1 / 8  # of the run, over which the loss is averaged
 BELOW = 0.25  # nats under the plateau, where a run counts as one that trains
 
 
@@ -63,8 +56,6 @@ class Options:
 
     tasks: tuple[str, ...] = tuple(TASKS)
     """Which tasks, in their order."""
-    optimizers: tuple[str, ...] = ()
-    """Which optimizers, by default all."""
     seeds: int = 5
     """How often to repeat every task, at most."""
     size: Size = dataclasses.field(default_factory=Size)
@@ -94,16 +85,15 @@ Found = dict[str, list[BySeed]]  # of each optimizer, at each learning rate
 
 def optimizers(late: Late) -> dict[str, Contestant]:
     """Returns who takes part; of the linear warm-ups the best one counts."""
+    linear = {
+        linear_name(n): Contestant(contestants.adam, contestants.linear(n), tuned=True)
+        for n in lengths(late)
+    }
     return {
         PUBLISHED: contestants.adamod(late.b3),
         RULE: contestants.adamod_with_rule(late.b3),
         EXPONENTIAL: Contestant(contestants.adam, contestants.exponential(late.b3)),
-        **{
-            linear_name(steps): Contestant(
-                contestants.adam, contestants.linear(steps), tuned=True
-            )
-            for steps in lengths(late)
-        },
+        **linear,
         "RAdam": Contestant(contestants.radam),
         "Adam": Contestant(contestants.adam),
     }
@@ -123,10 +113,9 @@ def read(path: Path) -> Losses:
         return {}
     with path.open(newline="") as file:
         return {
-            Key(x["task"], x["optimizer"], float(x["learning_rate"]), int(x["seed"])):
-            float(x["loss"])
-            for x in csv.DictReader(file)
-        }  # fmt: skip
+            Key(task, optimizer, float(rate), int(seed)): float(loss)
+            for task, optimizer, rate, seed, loss in list(csv.reader(file))[1:]
+        }
 
 
 def add(path: Path, losses: Losses) -> None:
@@ -135,52 +124,16 @@ def add(path: Path, losses: Losses) -> None:
         writer = csv.writer(file, lineterminator="\n")
         if new:
             writer.writerow([*Key._fields, "loss"])
-        for key, loss in losses.items():
-            writer.writerow([*key, f"{loss:.5g}"])
-
-
-@functools.cache
-def flat_gradients(task: Task) -> Callable[..., Any]:
-    """Returns losses and gradients of several runs whose parameters are vectors.
-
-    All optimizers here act on each coordinate alone, so that one vector is as good as
-    many leaves, and takes less time to compile and to call.
-    """
-    _, params, _ = initial(task, 0)
-    _, unravel = ravel_pytree(params)
-
-    def loss(flat: jax.Array, rest: Any, batch: Any) -> jax.Array:
-        return loss_and_rest(task)(unravel(flat), rest, batch)[0]
-
-    return jax.jit(jax.vmap(jax.value_and_grad(loss), in_axes=(0, None, None)))
-
-
-def initial(task: Task, seed: int) -> tuple[jax.Array, Any, Any]:
-    """Returns the parameters as a vector and as a tree, and what is not trained."""
-    _, *states = nnx.split(task.create_model(nnx.Rngs(seed)), nnx.Param, ...)
-    params, rest = map(nnx.to_pure_dict, states)
-    return ravel_pytree(params)[0], params, rest
+        writer.writerows([*key, f"{loss:.5g}"] for key, loss in losses.items())
 
 
 def final_losses(
     task: Task, creates: Creates, rates: Sequence[float], seed: int, progress: tqdm
 ) -> list[float]:
     """Returns the mean loss of the last steps at each rate, NaN of what diverged."""
-    flat, _, rest = initial(task, seed)
-    transformations = [at_rate(creates, rate) for rate in rates]
-    gradients = flat_gradients(task)
-    apply = compiled_update(transformations[0].update)
-    states = [tx.init(flat) for tx in transformations]
-    state = jax.tree.map(lambda *x: jnp.stack(x), *states)
-    params = jnp.stack([flat] * len(rates))
-    losses: list[jax.Array] = []
-    for batch in batches_of(task, seed):
-        loss, updates = gradients(params, rest, batch)
-        params, state = apply(updates, state, params)
-        losses.append(loss)
-        progress.update()
-    last = np.stack(jax.device_get(losses))[-max(1, round(LAST * task.steps)) :]
-    return [x if math.isfinite(x) else math.nan for x in last.mean(axis=0).tolist()]
+    runs = [Run("", at_rate(creates, rate), rate, seed) for rate in rates]
+    history = go_on_together(task, runs, progress)
+    return [rows[-1]["loss"] for rows in history.values()]
 
 
 def best_length(late: Late, name: str, losses: Losses) -> str | None:
@@ -195,24 +148,23 @@ def best_length(late: Late, name: str, losses: Losses) -> str | None:
 
 
 def missing(
-    tasks: dict[str, Late], options: Options, path: Path
+    tasks: dict[str, Late], seeds: int, path: Path
 ) -> Iterator[tuple[str, str, int, list[float]]]:
     """Yields task, optimizer, seed and rates of what no row has, seed by seed.
 
     The first seed chooses the length of the linear warm-up, and the others train that.
     """
-    for seed in range(options.seeds):
+    for seed in range(seeds):
         for name, late in tasks.items():
             for optimizer, contestant in optimizers(late).items():
                 losses = read(path)
                 chosen = best_length(late, name, losses)
                 if seed > 0 and contestant.tuned and optimizer != chosen:
                     continue
-                wanted = not options.optimizers or optimizer in options.optimizers
                 rates = [
                     x for x in late.rates if Key(name, optimizer, x, seed) not in losses
                 ]
-                if wanted and seed < late.seeds and rates:
+                if seed < late.seeds and rates:
                     yield name, optimizer, seed, rates
 
 
@@ -228,7 +180,7 @@ def main(options: Options) -> Losses:
         for optimizer, contestant in optimizers(late).items()
     }
     with tqdm(unit="step", mininterval=5) as progress:
-        for name, optimizer, seed, rates in missing(tasks, options, path):
+        for name, optimizer, seed, rates in missing(tasks, options.seeds, path):
             progress.set_description(f"{name}, {optimizer}, seed {seed}")
             task, creates = tasks[name].task, everyone[name, optimizer]
             found = final_losses(task, creates, rates, seed, progress)
@@ -244,13 +196,11 @@ def by_optimizer(name: str, late: Late, losses: Losses) -> Found:
     chosen = best_length(late, name, losses)
     found = {}
     for optimizer, contestant in optimizers(late).items():
-        if contestant.tuned and optimizer != chosen:
-            continue
         values = [
             {key.seed: x for key, x in losses.items() if key[:3] == run}
             for run in ((name, optimizer, rate) for rate in late.rates)
         ]
-        if all(values):
+        if all(values) and (not contestant.tuned or optimizer == chosen):
             found[TUNED if contestant.tuned else optimizer] = values
     return found
 
@@ -277,41 +227,43 @@ def task_table(late: Late, found: Found) -> str:
     rows = []
     for optimizer, values in found.items():
         best = best_rate(values)
-        rows.append(
-            {
-                "optimizer": optimizer,
-                "best lr": f"{late.rates[best]:g}",
-                "loss at it": spread([*values[best].values()]),
-                "seeds": f"{len(values[best])}",
-                **{
-                    f"lr {rate:g}": f"{statistics.fmean(x.values()):.3f}, "
-                    f"{trains(late, x.values())} of {len(x)}"
-                    for rate, x in zip(late.rates, values, strict=True)
-                },
-            }
-        )
+        row = {
+            "optimizer": optimizer,
+            "best lr": f"{late.rates[best]:g}",
+            "loss at it": spread([*values[best].values()]),
+            "seeds": f"{len(values[best])}",
+        }
+        for rate, x in zip(late.rates, values, strict=True):
+            mean, train = statistics.fmean(x.values()), trains(late, x.values())
+            row[f"lr {rate:g}"] = f"{mean:.3f}, {train} of {len(x)}"
+        rows.append(row)
     return table(rows)
+
+
+def against_published(late: Late, values: list[BySeed], published: Found) -> str:
+    """Returns how many percent worse than the published bound, and the share."""
+    if PUBLISHED not in published or not values:
+        return ""
+    mine, theirs = (
+        of_seeds(values, published[PUBLISHED]),
+        of_seeds(published[PUBLISHED], values),
+    )
+    best, other = (statistics.fmean(x[best_rate(x)].values()) for x in (mine, theirs))
+    every = [x for by_seed in mine for x in by_seed.values()]
+    share = trains(late, every) / len(every)
+    return f"{100 * (best / other - 1):+.2f} %, {share:.0%}"
 
 
 def summary(tasks: dict[str, Late], found: dict[str, Found]) -> str:
-    """Returns how many percent worse than the published bound each is, and shares."""
-    names = list(dict.fromkeys(name for x in found.values() for name in x))
-    rows = []
-    for name, by_name in found.items():
-        row = {"task": name}
-        for optimizer in names:
-            row[optimizer] = ""
-            if optimizer in by_name and PUBLISHED in by_name:
-                values, published = by_name[optimizer], by_name[PUBLISHED]
-                mine, theirs = of_seeds(values, published), of_seeds(published, values)
-                best, other = (
-                    statistics.fmean(x[best_rate(x)].values()) for x in (mine, theirs)
-                )
-                every = [x for by_seed in mine for x in by_seed.values()]
-                share = trains(tasks[name], every) / len(every)
-                row[optimizer] = f"{100 * (best / other - 1):+.2f} %, {share:.0%}"
-        rows.append(row)
-    return table(rows)
+    """Returns a row for each task: how far behind the published bound each is."""
+    names = dict.fromkeys(name for x in found.values() for name in x)
+    return table(
+        [
+            {"task": task}
+            | {x: against_published(tasks[task], by.get(x, []), by) for x in names}
+            for task, by in found.items()
+        ]
+    )
 
 
 def report(tasks: dict[str, Late], losses: Losses, folder: Path) -> None:
@@ -354,14 +306,12 @@ def draw(tasks: dict[str, Late], found: dict[str, Found], path: Path) -> None:
         axis.set_visible(False)
     for axis, (name, by_name) in zip(axes.flat, found.items(), strict=False):
         for index, (optimizer, values) in enumerate(by_name.items()):
-            axis.plot(
-                tasks[name].rates, [statistics.median(x.values()) for x in values],
-                marker=".", color=f"C{index}", label=optimizer,
-            )  # fmt: skip
-            lowest, highest = ([f(x.values()) for x in values] for f in (min, max))
-            axis.fill_between(
-                tasks[name].rates, lowest, highest, color=f"C{index}", alpha=0.12
+            rates, color = tasks[name].rates, f"C{index}"
+            lowest, median, highest = (
+                [f(x.values()) for x in values] for f in (min, statistics.median, max)
             )
+            axis.plot(rates, median, marker=".", color=color, label=optimizer)
+            axis.fill_between(rates, lowest, highest, color=color, alpha=0.12)
         axis.set(xscale="log", title=name, xlabel="learning rate", ylabel="loss")
     handles = axes[0, 0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=3, fontsize="small")

@@ -47,7 +47,7 @@ class Options:
     """Initial variance of the layers that feed a residual sum, relative to the others;
     by default 1 / depth. Flax's own initialisation is 1."""
     output: Path = Path("outputs/learning_rate_sweep")
-    """Folder for checkpoints, tables and figures; a run that was stopped goes on."""
+    """Folder for checkpoints and tables; a run that was stopped goes on."""
 
     def __post_init__(self) -> None:
         if self.whole:

@@ -36,7 +36,7 @@ class Options:
     seeds: int = 3
     """How often to repeat everything, from other weights and on other batches."""
     output: Path = Path("outputs/run_length")
-    """Folder for checkpoints, tables and figures; a run that was stopped goes on."""
+    """Folder for checkpoints and tables; a run that was stopped goes on."""
 
     def __post_init__(self) -> None:
         check_counts(self, "seeds")

@@ -47,7 +47,7 @@ class Options:
     data: str | None = None
     """At full size: folder or hub name of IWSLT'14's files."""
     output: Path = Path("outputs")
-    """Folder for checkpoints, tables and figures; a run that was stopped goes on."""
+    """Folder for checkpoints and tables; a run that was stopped goes on."""
 
     def __post_init__(self) -> None:
         if not self.rates:

@@ -1,4 +1,4 @@
-"""The report of an experiment: final values as CSV, a Markdown table, curves."""
+"""The report of an experiment: final values as CSV, a table in Markdown, figures."""
 
 import csv
 import datetime
@@ -32,7 +32,7 @@ def report(
     rows: int = 1,
     extra: Sequence[str] = (),
 ) -> None:
-    """Prints the table and writes ``name.md``, ``name.csv`` and ``name.png``.
+    """Prints the table, and writes ``name.md`` and ``name.csv``.
 
     Args:
       name: Name of the experiment.
@@ -48,11 +48,10 @@ def report(
     early = [until(history, steps) for steps in budgets]
     finals = [row for x in early for row in final_rows(x, metric, rows)]
     write_csv(finals, folder / f"{name}.csv")
-    draw_curves(history, metric, folder / f"{name}.png")
     tables = [final_table(x, metric, rows) for x in early]
     text = "\n\n".join([header(name, history), *tables, *extra])
     (folder / f"{name}.md").write_text(f"# {name}\n\n{text}\n")
-    print(f"\n{text}\n\nwritten: {folder / name}.md, .csv and .png")
+    print(f"\n{text}\n\nwritten: {folder / name}.md and .csv")
 
 
 def header(name: str, history: History) -> str:
@@ -170,28 +169,6 @@ def write_csv(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
             writer.writerow(
                 {k: f"{x:.5g}" if isinstance(x, float) else x for k, x in row.items()}
             )
-
-
-def draw_curves(history: History, metric: str, path: Path) -> None:
-    """Draws the metric over the steps: a panel for each learning rate, all seeds."""
-    rates = rates_of(history)
-    figure, axes = plt.subplots(
-        1, len(rates), figsize=(1 + 3.5 * len(rates), 3.8), sharey=True, squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    for axis, rate in zip(axes[0], rates, strict=True):
-        for index, (optimizer, by_rate) in enumerate(grouped(history).items()):
-            for number, run in enumerate(by_rate.get(rate, [])):
-                rows = [row for row in history[run] if metric in row]
-                axis.plot(
-                    [row["step"] for row in rows], [row[metric] for row in rows],
-                    color=f"C{index}", linewidth=1, alpha=0.8,
-                    label=optimizer if number == 0 else None,
-                )  # fmt: skip
-        axis.set(title=f"learning rate {rate:g}", xlabel="step")
-        axis.legend(fontsize="small")
-    axes[0, 0].set_ylabel(metric)
-    save_figure(figure, path)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -6,8 +6,10 @@ different word order, inflection, compounds and copied numbers, without a downlo
 """
 
 import datetime
+import functools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 from babel import Locale
 from babel.dates import (
@@ -22,22 +24,21 @@ from babel.numbers import format_currency
 from babel.units import format_unit
 
 Pair = tuple[str, str]  # German, English
+Renders = Callable[[Any], str]  # in a locale
 
-GERMAN, ENGLISH = Locale("de"), Locale("en")
+LOCALES = (Locale("de"), Locale("en"))
 FIRST_DAY = datetime.date(1950, 1, 1)
 DAYS = 36_500
-UNITS = ("second", "minute", "hour", "day", "week", "month", "year")  # of durations
+SECONDS = {
+    "second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800,
+    "month": 2592000, "year": 31536000,
+}  # fmt: skip
 
 
-def _both(render: Callable[[Locale], str]) -> Pair:
-    """Writes one thing in both languages, with plain spaces."""
-    german, english = (" ".join(render(x).split()) for x in (GERMAN, ENGLISH))
-    return german, english
-
-
+@functools.cache
 def _shared_names(attribute: str) -> list[str]:
     """Returns the codes that both languages have a name for."""
-    german, english = (getattr(x, attribute) for x in (GERMAN, ENGLISH))
+    german, english = (getattr(x, attribute) for x in LOCALES)
     return sorted(german.keys() & english.keys())
 
 
@@ -51,93 +52,69 @@ def _day(rng: random.Random) -> datetime.date:
     return FIRST_DAY + datetime.timedelta(rng.randrange(DAYS))
 
 
-def _dates(rng: random.Random) -> Iterator[Pair]:
-    while True:
-        day, style = _day(rng), rng.choice(("full", "long", "medium"))
-        yield _both(lambda x, d=day, s=style: format_date(d, s, locale=x))
+def _date(rng: random.Random) -> Renders:
+    day, style = _day(rng), rng.choice(("full", "long", "medium"))
+    return lambda x: format_date(day, style, locale=x)
 
 
-def _days_and_months(rng: random.Random) -> Iterator[Pair]:
-    while True:
-        day, style = _day(rng), rng.choice(("yMMMM", "MMMMEEEEd", "yMMMEd", "yQQQQ"))
-        yield _both(lambda x, d=day, s=style: format_skeleton(s, d, locale=x))
+def _day_and_month(rng: random.Random) -> Renders:
+    day, style = _day(rng), rng.choice(("yMMMM", "MMMMEEEEd", "yMMMEd", "yQQQQ"))
+    return lambda x: format_skeleton(style, day, locale=x)
 
 
-def _intervals(rng: random.Random) -> Iterator[Pair]:
-    while True:
-        start = _day(rng)
-        end = start + datetime.timedelta(rng.randint(1, 400))
-        yield _both(lambda x, a=start, b=end: format_interval(a, b, "yMMMd", locale=x))
+def _interval(rng: random.Random) -> Renders:
+    start = _day(rng)
+    end = start + datetime.timedelta(rng.randint(1, 400))
+    return lambda x: format_interval(start, end, "yMMMd", locale=x)
 
 
-def _times(rng: random.Random) -> Iterator[Pair]:
-    while True:
-        time = datetime.time(rng.randrange(24), rng.randrange(60), rng.randrange(60))
-        style = rng.choice(("short", "medium"))
-        yield _both(lambda x, t=time, s=style: format_time(t, s, locale=x))
+def _time(rng: random.Random) -> Renders:
+    time = datetime.time(rng.randrange(24), rng.randrange(60), rng.randrange(60))
+    style = rng.choice(("short", "medium"))
+    return lambda x: format_time(time, style, locale=x)
 
 
-def _durations(rng: random.Random) -> Iterator[Pair]:
-    seconds = dict(
-        zip(UNITS, (1, 60, 3600, 86400, 604800, 2592000, 31536000), strict=True)
+def _duration(rng: random.Random) -> Renders:
+    unit: Any = rng.choice(tuple(SECONDS))
+    number = rng.randint(-99, 99)
+    delta, direction = number * SECONDS[unit], rng.random() < 0.7
+    return lambda x: format_timedelta(
+        delta, granularity=unit, threshold=1000, add_direction=direction, locale=x
     )
-    while True:
-        unit, number = rng.choice(UNITS), rng.randint(-99, 99)
-        delta = datetime.timedelta(seconds=number * seconds[unit])
-        direction = rng.random() < 0.7
-        yield _both(
-            lambda x, d=delta, u=unit, a=direction: format_timedelta(
-                d, granularity=u, threshold=1000, add_direction=a, locale=x
-            )
-        )
 
 
-def _measures(rng: random.Random) -> Iterator[Pair]:
-    units = _shared_names("unit_display_names")
-    while True:
-        number, unit = _number(rng), rng.choice(units)
-        yield _both(lambda x, n=number, u=unit: format_unit(n, u, locale=x))
+def _measure(rng: random.Random) -> Renders:
+    number, unit = _number(rng), rng.choice(_shared_names("unit_display_names"))
+    return lambda x: format_unit(number, unit, locale=x)
 
 
-def _amounts(rng: random.Random) -> Iterator[Pair]:
-    currencies = _shared_names("currencies")
-    while True:
-        number, code = _number(rng), rng.choice(currencies)
-        yield _both(
-            lambda x, n=number, c=code: format_currency(
-                n, c, locale=x, format_type="name", currency_digits=False
-            )
-        )
+def _amount(rng: random.Random) -> Renders:
+    number, code = _number(rng), rng.choice(_shared_names("currencies"))
+    return lambda x: format_currency(
+        number, code, locale=x, format_type="name", currency_digits=False
+    )
 
 
-def _names(attribute: str) -> Callable[[random.Random], Iterator[Pair]]:
-    """Returns what draws one to three names, joined by "and" or "or"."""
-
-    def draw(rng: random.Random) -> Iterator[Pair]:
-        codes = _shared_names(attribute)
-        while True:
-            chosen = rng.sample(codes, rng.randint(1, 3))
-            style = rng.choice(("standard", "or"))
-            yield _both(
-                lambda x, c=chosen, s=style: format_list(
-                    [getattr(x, attribute)[code] for code in c], style=s, locale=x
-                )
-            )
-
-    return draw
+def _names(attribute: str, rng: random.Random) -> Renders:
+    """Draws one to three names, joined by "and" or "or"."""
+    chosen = rng.sample(_shared_names(attribute), rng.randint(1, 3))
+    style = rng.choice(("standard", "or"))
+    return lambda x: format_list(
+        [getattr(x, attribute)[code] for code in chosen], style=style, locale=x
+    )
 
 
 # What is drawn, and how often; duplicates are dropped.
-KINDS: dict[Callable[[random.Random], Iterator[Pair]], int] = {
-    _dates: 8_000,
-    _days_and_months: 4_000,
-    _intervals: 4_000,
-    _times: 3_000,
-    _durations: 1_500,
-    _measures: 6_000,
-    _amounts: 6_000,
-    _names("territories"): 3_000,
-    _names("languages"): 3_000,
+KINDS: dict[Callable[[random.Random], Renders], int] = {
+    _date: 8_000,
+    _day_and_month: 4_000,
+    _interval: 4_000,
+    _time: 3_000,
+    _duration: 1_500,
+    _measure: 6_000,
+    _amount: 6_000,
+    functools.partial(_names, "territories"): 3_000,
+    functools.partial(_names, "languages"): 3_000,
 }
 
 
@@ -149,7 +126,10 @@ def locale_pairs(seed: int = 0) -> list[Pair]:
     rng = random.Random(seed)
     english: dict[str, str] = {}
     for kind, number in KINDS.items():
-        for _, (german, translation) in zip(range(number), kind(rng), strict=False):
+        for _ in range(number):
+            render = kind(rng)
+            # With plain spaces.
+            german, translation = (" ".join(render(x).split()) for x in LOCALES)
             english.setdefault(german, translation)
     pairs = list(english.items())
     rng.shuffle(pairs)

@@ -45,18 +45,16 @@ def iwslt14_pairs(source: str | None = None) -> Pairs:
       OSError: They cannot be loaded; the message says where to put them.
       ValueError: A row is not ``{"translation": {"de": ..., "en": ...}}``.
     """
-    from experiments.data.hub import (
-        load,  # seconds, for which the laptop's size need not wait
-    )
+    # It takes seconds, for which the laptop's size need not wait.
+    from experiments.data.hub import load
 
     # The converted branch: of the main one, what loads it is a program.
     name, revision = (source, None) if source else (IWSLT14, "refs/convert/parquet")
-    return Pairs(
-        **{
-            split: _pairs_of(load(name, split, {"translation"}, revision), split)
-            for split in ("train", "validation", "test")
-        }
-    )
+    splits = {
+        split: _pairs_of(load(name, split, {"translation"}, revision), split)
+        for split in ("train", "validation", "test")
+    }
+    return Pairs(**splits)
 
 
 def _pairs_of(rows: Iterable, split: str) -> list[Pair]:
@@ -79,12 +77,9 @@ def train_tokenizer(pairs: Sequence[Pair], vocabulary: int) -> Tokenizer:
     It works on bytes, so that it knows every text, and decodes to the very same text.
     """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    by_byte = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, by_byte])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
@@ -117,24 +112,17 @@ def decode(tokenizer: Tokenizer, tokens: np.ndarray) -> list[str]:
 
 def pad(pairs: Sequence[Encoded], length: int) -> dict[str, np.ndarray]:
     """Returns ``source`` and ``target``, int32[pairs, length]."""
-    batch = {
-        name: np.full((len(pairs), length), PAD, np.int32)
-        for name in ("source", "target")
-    }
+    batch = np.full((2, len(pairs), length), PAD, np.int32)
     for row, pair in enumerate(pairs):
-        for tokens, padded in zip(pair, batch.values(), strict=True):
-            padded[row, : len(tokens)] = tokens
-    return batch
+        for side, tokens in enumerate(pair):
+            batch[side, row, : len(tokens)] = tokens
+    return {"source": batch[0], "target": batch[1]}
 
 
 def buckets(
     pairs: Sequence[Encoded], lengths: Sequence[int]
 ) -> dict[int, list[Encoded]]:
-    """Sorts pairs by the shortest of ``lengths`` that holds them.
-
-    Raises:
-      ValueError: If a pair is longer than the longest.
-    """
+    """Sorts pairs by the shortest of ``lengths`` that holds them."""
     sorted_pairs: dict[int, list[Encoded]] = {length: [] for length in lengths}
     for pair in pairs:
         longer = max(map(len, pair))
@@ -158,12 +146,9 @@ def training_batches(
     datasets, weights = [], []
     for length, chosen in buckets(pairs, lengths).items():
         rows = max(1, tokens // length)
+        data = grain.MapDataset.source(chosen).seed(seed).shuffle().repeat()
         datasets.append(
-            grain.MapDataset.source(chosen)
-            .seed(seed)
-            .shuffle()
-            .repeat()
-            .batch(rows, batch_fn=lambda pairs, length=length: pad(pairs, length))
+            data.batch(rows, batch_fn=lambda pairs, length=length: pad(pairs, length))
         )
         weights.append(len(chosen) / rows)
     return grain.MapDataset.mix(datasets, weights)

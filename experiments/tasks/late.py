@@ -32,6 +32,7 @@ from experiments.tasks import text
 from experiments.tasks.text import B2, CONTEXT, loss
 
 BATCH = 8
+LAST = 1 / 8  # of the run, over which the final loss is the mean
 RANK = 4  # of LoRA
 EXPERTS, LATE_EXPERTS = 4, 2  # in all, and those that no token reaches at first
 RARE = 1.5  # by how much the router's logits of late experts are lowered afterwards
@@ -104,7 +105,7 @@ def of_text(
 ) -> Late:
     """Returns a task whose batches are windows of the text, with a gate."""
     task = text.task_of(
-        create_model, size.steps, size.steps, BATCH, found, loss,
+        create_model, size.steps, max(1, round(LAST * size.steps)), BATCH, found, loss,
         lambda batches, seed: gated(size, change(batches, seed)),
     )  # fmt: skip
     return Late(task, unigram_entropy(found), **options)

@@ -7,15 +7,14 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
 from experiments import late_starters
-from experiments.common.contestants import scale_by_adamod_with_rule
-from experiments.common.training import loss_and_rest
+from experiments.common.training import initial_state, loss_and_rest
 from experiments.late_starters import Key, Options
 from experiments.tasks.late import BYTES, LATE_EXPERTS, NEW, TASKS, Size, with_pairs
+from experiments.tests.helpers import run_of
 
 SMALL = Size(steps=6, depth=2, width=8, pretraining=2)
 
@@ -59,7 +58,7 @@ def found(name):
 @pytest.mark.parametrize("name", TASKS)
 def test_gradients_of_late_starters_are_zero_at_first(name):
     task = found(name).task
-    _, params, rest = late_starters.initial(task, 0)
+    params, rest, _ = initial_state(task, run_of())
     both = jax.jit(jax.grad(loss_and_rest(task), has_aux=True))
     start = task.steps // 3
     if name in ("zero_head", "zero_branches", "lora"):
@@ -77,7 +76,7 @@ def test_gradients_of_late_starters_are_zero_at_first(name):
 
 
 def test_lora_trains_its_two_matrices_alone_and_starts_as_the_base():
-    _, params, _ = late_starters.initial(found("lora").task, 0)
+    params, *_ = initial_state(found("lora").task, run_of())
     names = {path[-1].key for path, _ in jax.tree.leaves_with_path(params)}
     assert names == {"a", "b"}
     models = [
@@ -99,9 +98,7 @@ def test_pairs_of_bytes_are_tokens_and_say_the_same():
 
 
 def options_of(tmp_path, **changes):
-    usual = dict(
-        tasks=("zero_head",), optimizers=("RAdam",), size=SMALL, output=tmp_path
-    )
+    usual = dict(tasks=("zero_head",), size=SMALL, output=tmp_path)
     return Options(**usual | changes)
 
 
@@ -114,6 +111,8 @@ def test_only_what_is_missing_is_run(tmp_path, monkeypatch):
         return [2.0 + seed] * len(rates)
 
     monkeypatch.setattr(late_starters, "final_losses", run)
+    radam = {"RAdam": late_starters.optimizers(found("zero_head"))["RAdam"]}
+    monkeypatch.setattr(late_starters, "optimizers", lambda late: radam)
     late_starters.main(options_of(tmp_path, seeds=1))
     losses = late_starters.main(options_of(tmp_path, seeds=2))
     assert ran == [(0, 5), (1, 5)]
@@ -141,8 +140,7 @@ def test_later_seeds_train_the_best_warmup_alone(tmp_path):
     }
     late_starters.add(path, losses)
     chex.assert_trees_all_equal(late_starters.read(path), losses)
-    options = options_of(tmp_path, optimizers=(), seeds=2)
-    wanted = [*late_starters.missing({"zero_head": late}, options, path)]
+    wanted = [*late_starters.missing({"zero_head": late}, 2, path)]
     assert {seed for _, _, seed, _ in wanted} == {1}
     assert [x for _, x, _, _ in wanted if "linear" in x] == [linear[1]]
     by_optimizer = late_starters.by_optimizer("zero_head", late, losses)
@@ -163,27 +161,3 @@ def test_who_has_more_seeds_is_compared_by_those_that_both_have():
     both = {late_starters.PUBLISHED: published, late_starters.RULE: rule}
     text = late_starters.summary({"zero_head": late}, {"zero_head": both})
     assert text.splitlines()[-1] == "| zero_head | +0.00 %, 100% | +15.00 %, 100% |"
-
-
-@pytest.mark.usefixtures("quick_compilation")
-def test_a_vector_is_as_good_as_many_leaves():
-    task = found("zero_head").task
-    late = found("zero_head")
-    creates = late_starters.create(
-        late_starters.optimizers(late)[late_starters.RULE], late_starters.Schedule(0.98)
-    )
-    with late_starters.tqdm(disable=True) as progress:
-        (mine,) = late_starters.final_losses(task, creates, [1e-2], 0, progress)
-    tx = optax.chain(
-        scale_by_adamod_with_rule(0.9, 0.98, 0.99, 1e-8), optax.scale(-1e-2)
-    )
-    _, params, rest = late_starters.initial(task, 0)
-    state = tx.init(params)
-    both = jax.jit(jax.value_and_grad(loss_and_rest(task), has_aux=True))
-    update = jax.jit(tx.update)
-    batches = task.batches(0)
-    for step in range(task.steps):
-        (loss, _), gradients = both(params, rest, batches[step])
-        updates, state = update(gradients, state, params)
-        params = optax.apply_updates(params, updates)
-    np.testing.assert_allclose(mine, loss, rtol=1e-4)

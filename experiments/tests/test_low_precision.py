@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from experiments import low_precision
-from experiments.common.nearest import bfloat16_to_nearest, float8_to_nearest
+from experiments.common.nearest import float8_to_nearest
 from experiments.common.training import Task, in_bfloat16
 from optax_adamod import Float8Array, adamod
 
@@ -62,30 +62,6 @@ def test_weights_in_bfloat16_and_gradients_too():
     loss, gradients = nnx.value_and_grad(task.loss)(model, batch)
     assert loss.dtype == jnp.float32
     assert {x.dtype for x in jax.tree.leaves(gradients)} == {jnp.dtype(jnp.bfloat16)}
-
-
-def test_rounded_to_nearest_between_steps():
-    """What a step reads is what the one before left in bfloat16, to nearest."""
-    gradients = {"w": jnp.linspace(0.1, 3.0, 100)}
-    tx = adamod(0.1, b3=0.9)
-    nearest = bfloat16_to_nearest(tx)
-    state, expected = nearest.init(gradients), tx.init(gradients)
-
-    def rounded(name):
-        (average,) = jax.tree.leaves(optax.tree.get(expected, name))
-        return {"w": average.astype(jnp.bfloat16)}
-
-    for _ in range(3):
-        updates, state = nearest.update(gradients, state)
-        expected_updates, expected = tx.update(gradients, expected)
-        chex.assert_trees_all_equal(updates, expected_updates)
-        for name in ("mu", "nu", "bound"):
-            average = rounded(name)
-            chex.assert_trees_all_equal(optax.tree.get(state, name), average)
-            wide = {"w": average["w"].astype(jnp.float32)}
-            assert np.any(wide["w"] != optax.tree.get(expected, name)["w"])
-            expected = optax.tree.set(expected, **{name: wide})
-    assert optax.tree.get(state, "count") == 3
 
 
 def test_8_bits_to_nearest_are_kept_between_steps():

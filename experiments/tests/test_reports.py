@@ -68,27 +68,6 @@ def test_files(tmp_path, capsys, monkeypatch):
         "loss": "2", "highest loss": "2.25", "seconds": "3",
     }  # fmt: skip
     assert rows[2]["loss"] == "nan"
-    assert (tmp_path / "new/x.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_curves(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(report.plt, "close", figures.append)
-    report.draw_curves(HISTORY, "loss", tmp_path / "x.png")
-    monkeypatch.undo()
-    (figure,) = figures
-    low, high = figure.axes
-    assert (low.get_title(), high.get_title()) == (
-        "learning rate 0.1", "learning rate 1",
-    )  # fmt: skip
-    assert [x.get_ydata().tolist() for x in low.lines] == [
-        [3.0, 2.0, 1.0], [3.0, 2.5, 2.0], [3.0, 1.0, 0.5],
-    ]  # fmt: skip
-    names = [x.get_text() for x in low.get_legend().get_texts()]
-    assert names == ["Adam", "AdaMod"]
-    assert low.lines[0].get_color() == low.lines[1].get_color()
-    assert low.lines[0].get_color() != low.lines[2].get_color()
-    plt.close(figure)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tqdm import tqdm
 
 from experiments.common.contestants import CONTESTANTS, Schedule, at_rate, create
 from experiments.common.together import (
@@ -18,16 +17,10 @@ from experiments.common.together import (
     write,
 )
 from experiments.common.training import Run, train
-from experiments.tests.test_training import squares, task_of, without_seconds
+from experiments.tests.helpers import squares, task_of, without_seconds
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 CREATES = create(CONTESTANTS["AdaMod, b3 0.99"], Schedule(0.98))
-
-
-@pytest.fixture
-def progress():
-    with tqdm(disable=True) as bar:
-        yield bar
 
 
 def runs_of(rates, seeds=(0,)):

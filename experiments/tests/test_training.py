@@ -8,69 +8,23 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from tqdm import tqdm
 
 from experiments.common import training
-from experiments.common.training import Run, Task, train, train_all
+from experiments.common.training import Run, train, train_all
+from experiments.tests.helpers import (
+    Batches,
+    Model,
+    run_of,
+    squares,
+    task_of,
+    without_seconds,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-class Model(nnx.Module):
-    """Has all kinds of state: parameters, statistics, and a generator."""
-
-    def __init__(self, rngs):
-        self.hidden = nnx.Linear(3, 4, rngs=rngs)
-        self.norm = nnx.BatchNorm(4, rngs=rngs)
-        self.dropout = nnx.Dropout(0.5, rngs=rngs)
-        self.out = nnx.List([nnx.Linear(4, 1, rngs=rngs)])
-
-    def __call__(self, x):
-        return self.out[0](self.dropout(self.norm(self.hidden(x))))
-
-
-class Batches:
-    """Fails to give the batch of one step, once."""
-
-    def __init__(self, seed, fails_at=None):
-        self.seed, self.fails_at = seed, fails_at
-
-    def __getitem__(self, step):
-        if step == self.fails_at:
-            raise KeyboardInterrupt
-        return {"x": np.random.default_rng((self.seed, step)).normal(size=(8, 3))}
-
-
-def squares(model, batch):
-    return jnp.mean(jnp.square(model(batch["x"]) - 1))
-
-
-def task_of(loss=squares, fails_at=None, **changes):
-    return Task(
-        **{
-            "create_model": Model,
-            "loss": loss,
-            "batches": lambda seed: Batches(seed, fails_at),
-            "steps": 10,
-            "row_every": 2,
-            "evaluate": lambda model: {"norm": float(jnp.sum(model.norm.mean[...]))},
-        }
-        | changes
-    )
-
-
-def run_of(seed=0, transformation=None):
-    return Run("Adam", transformation or optax.adam(0.1), 0.1, seed)
-
-
-def without_seconds(rows):
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
-
-
-@pytest.fixture
-def progress():
-    with tqdm(disable=True) as bar:
-        yield bar
+def adam(seed=0, transformation=None):
+    return run_of(seed=seed, transformation=transformation or optax.adam(0.1))
 
 
 def test_a_step_is_the_optimizers(tmp_path, progress):
@@ -101,14 +55,14 @@ def test_a_step_is_the_optimizers(tmp_path, progress):
 
 
 def test_rows(tmp_path, progress):
-    rows = train(task_of(steps=5), run_of(), tmp_path, progress)
+    rows = train(task_of(steps=5), adam(), tmp_path, progress)
     assert [row["step"] for row in rows] == [2, 4, 5]
     columns = ["step", "loss", "highest loss", "norm", "seconds"]
     assert all(list(row) == columns for row in rows)
     seconds = [row["seconds"] for row in rows]
     assert 0 < seconds[0] <= seconds[1] <= seconds[2]
     # The first row's loss is the mean of the first two.
-    singly = train(task_of(steps=2, row_every=1), run_of(), tmp_path / "2", progress)
+    singly = train(task_of(steps=2, row_every=1), adam(), tmp_path / "2", progress)
     np.testing.assert_allclose(
         rows[0]["loss"], (singly[0]["loss"] + singly[1]["loss"]) / 2, rtol=1e-6
     )
@@ -117,7 +71,7 @@ def test_rows(tmp_path, progress):
 
 def test_rows_between_evaluations(tmp_path, progress):
     task = task_of(steps=9, evaluate_every=4)
-    rows = train(task, run_of(), tmp_path, progress)
+    rows = train(task, adam(), tmp_path, progress)
     assert [row["step"] for row in rows] == [2, 4, 6, 8, 9]
     assert [row["step"] for row in rows if "norm" in row] == [4, 8, 9]
 
@@ -125,23 +79,23 @@ def test_rows_between_evaluations(tmp_path, progress):
 @pytest.mark.parametrize("save_every", [0.0, 60.0])
 def test_a_stopped_run_goes_on(tmp_path, progress, monkeypatch, save_every):
     monkeypatch.setattr(training, "SAVE_EVERY", save_every)
-    whole = train(task_of(), run_of(), tmp_path / "whole", progress)
+    whole = train(task_of(), adam(), tmp_path / "whole", progress)
     with pytest.raises(KeyboardInterrupt):
-        train(task_of(fails_at=7), run_of(), tmp_path / "stopped", progress)
+        train(task_of(fails_at=7), adam(), tmp_path / "stopped", progress)
     asked = []
 
     def batches(seed):
         asked.append(seed)
         return Batches(seed, fails_at=5 if save_every == 0 else None)
 
-    resumed = train(task_of(batches=batches), run_of(), tmp_path / "stopped", progress)
+    resumed = train(task_of(batches=batches), adam(), tmp_path / "stopped", progress)
     assert asked == [0]
     assert without_seconds(resumed) == without_seconds(whole)
 
 
 def test_what_is_done_is_not_done_again(tmp_path, progress):
-    first = train(task_of(), run_of(), tmp_path, progress)
-    assert train(task_of(fails_at=0), run_of(), tmp_path, progress) == first
+    first = train(task_of(), adam(), tmp_path, progress)
+    assert train(task_of(fails_at=0), adam(), tmp_path, progress) == first
 
 
 def test_a_run_whose_loss_is_not_finite_ends(tmp_path, progress):
@@ -149,7 +103,7 @@ def test_a_run_whose_loss_is_not_finite_ends(tmp_path, progress):
         # Beyond float32 in a few steps.
         return squares(model, batch) * jnp.float32(1e30)
 
-    run = run_of(transformation=optax.sgd(1.0))
+    run = adam(transformation=optax.sgd(1.0))
     rows = train(task_of(loss, steps=50), run, tmp_path, progress)
     assert math.isnan(rows[-1]["loss"])
     assert "norm" not in rows[-1]
@@ -166,7 +120,7 @@ def test_seeds_differ_and_share_a_compiled_step(tmp_path):
         return squares(model, batch)
 
     transformation = optax.adam(0.1)
-    runs = [run_of(seed, transformation) for seed in range(3)]
+    runs = [adam(seed, transformation) for seed in range(3)]
     history = train_all(task_of(loss), runs, tmp_path, {})
     assert list(history) == runs
     assert len({rows[-1]["loss"] for rows in history.values()}) == 3
@@ -182,24 +136,12 @@ def test_seeds_differ_and_share_a_compiled_step(tmp_path):
 )
 def test_seeds_give_other(changes, tmp_path, progress):
     task = task_of(steps=1, **changes)
-    first, second = (train(task, run_of(x), tmp_path, progress) for x in range(2))
+    first, second = (train(task, adam(x), tmp_path, progress) for x in range(2))
     assert first[0]["loss"] != second[0]["loss"]
 
 
-def test_progress_counts_steps(tmp_path):
-    counted = []
-    with tqdm(total=10) as bar:
-
-        def evaluate(model):
-            counted.append(bar.n)
-            return {}
-
-        train(task_of(evaluate=evaluate), run_of(), tmp_path, bar)
-    assert counted == [2, 4, 6, 8, 10]
-
-
 def test_other_settings_are_refused(tmp_path):
-    task, runs = task_of(steps=2), [run_of()]
+    task, runs = task_of(steps=2), [adam()]
     train_all(task, runs, tmp_path, {"steps": 2, "data": None})
     train_all(task, runs, tmp_path, {"steps": 2, "data": None})
     with pytest.raises(ValueError, match=r"other settings: steps 2, now 4.*--output"):
@@ -208,26 +150,12 @@ def test_other_settings_are_refused(tmp_path):
         train_all(task, runs, tmp_path, {"steps": 2, "data": "x"})
 
 
-def test_progress_counts_all_runs(tmp_path, monkeypatch):
-    bars = []
-
-    def bar(**options):
-        bars.append(tqdm(**options, disable=False))
-        return bars[-1]
-
-    monkeypatch.setattr(training, "tqdm", bar)
-    runs = [run_of(seed, optax.adam(0.1)) for seed in range(2)]
-    for _ in range(2):  # trained, and found done
-        train_all(task_of(), runs, tmp_path, {})
-    assert [(x.n, x.total) for x in bars] == [(20, 20), (20, 20)]
-
-
 def test_evaluation_leaves_the_model_in_training(tmp_path, progress):
     def evaluate(model):
         model.eval()
         return {"mean": float(model(jnp.ones((2, 3)))[0, 0])}
 
-    with_eval = train(task_of(evaluate=evaluate), run_of(), tmp_path / "a", progress)
-    without = train(task_of(), run_of(), tmp_path / "b", progress)
+    with_eval = train(task_of(evaluate=evaluate), adam(), tmp_path / "a", progress)
+    without = train(task_of(), adam(), tmp_path / "b", progress)
     assert [x["loss"] for x in with_eval] == [x["loss"] for x in without]
     assert len({x["mean"] for x in with_eval}) > 1
