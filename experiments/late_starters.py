@@ -90,8 +90,8 @@ def optimizers(late: Late) -> dict[str, Contestant]:
         for n in lengths(late)
     }
     return {
-        PUBLISHED: contestants.adamod(late.b3),
-        RULE: contestants.adamod_with_rule(late.b3),
+        PUBLISHED: contestants.plain_adamod(late.b3, rule=False),
+        RULE: contestants.plain_adamod(late.b3, rule=True),
         EXPONENTIAL: Contestant(contestants.adam, contestants.exponential(late.b3)),
         **linear,
         "RAdam": Contestant(contestants.radam),

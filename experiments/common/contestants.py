@@ -81,17 +81,20 @@ def adamod(b3: float) -> Contestant:
     )
 
 
-def adamod_with_rule(b3: float) -> Contestant:
-    """AdaMod whose bound counts rates as 0 before a coordinate's first gradient."""
-    return Contestant(lambda b2, _: scale_by_adamod_with_rule(B1, b2, b3, EPS), b3=b3)
+def plain_adamod(b3: float, *, rule: bool) -> Contestant:
+    """AdaMod for a constant learning rate, by the same arithmetic with the rule."""
+    return Contestant(
+        lambda b2, _: scale_by_plain_adamod(B1, b2, b3, EPS, rule=rule), b3=b3
+    )
 
 
-def scale_by_adamod_with_rule(
-    b1: float, b2: float, b3: float, eps: float
+def scale_by_plain_adamod(
+    b1: float, b2: float, b3: float, eps: float, *, rule: bool
 ) -> optax.GradientTransformation:
-    """Returns AdaMod with the rule, per unit of a constant learning rate.
+    """Returns AdaMod, per unit of a constant learning rate.
 
-    As published, the bound averages ``1 / eps`` while a second moment is exactly 0.
+    As published, the bound averages ``1 / eps`` while a second moment is exactly 0, so
+    before a coordinate's first gradient. With the rule it counts these rates as 0.
     """
 
     def init_fn(params: optax.Params) -> ScaleByAdamodState:
@@ -113,8 +116,8 @@ def scale_by_adamod_with_rule(
             m += (1 - b1) * (g - m)
             v_hat += (1 - b2) / v_opened * (g**2 - v_hat)
             eta = 1 / (jnp.sqrt(v_hat) + eps)
-            s += (1 - b3) * (jnp.where(v_hat > 0, eta, 0) - s)
-            return jnp.minimum(eta, s) * m / m_opened, m, v_hat, s
+            s += (1 - b3) * ((jnp.where(v_hat > 0, eta, 0) if rule else eta) - s)
+            return jnp.minimum(eta, s) * (m / m_opened), m, v_hat, s
 
         leaves = jax.tree.map(leaf, updates, state.mu, state.nu, state.bound)
         updates, *averages = jax.tree.transpose(
