@@ -15,7 +15,15 @@ from experiments.common.nearest import float8_to_nearest
 from experiments.common.training import Task, in_bfloat16
 from optax_adamod import Float8Array, adamod
 
-CASES = ("float32", "8 bits", "8 bits, bfloat16 weights", "8 bits, rounded to nearest")
+SIZES = {
+    "float32": (12, 20),
+    "8 bits": (3, 11),
+    "8 bits, bfloat16 weights": (3, 7),
+    "8 bits, rounded to nearest": (3, 11),
+    "Adam": (8, 16),
+    "Adam, bfloat16 weights": (4, 8),
+}
+CASES = tuple(SIZES)
 
 
 @pytest.mark.slow
@@ -28,7 +36,7 @@ def test_every_task_by_every_case(tmp_path, capsys, task):
     history = low_precision.main(options)
     printed = capsys.readouterr().out
     assert [run.optimizer for run in history] == list(cases)
-    for name, size in zip(CASES, ((12, 20), (3, 11), (3, 7), (3, 11)), strict=True):
+    for name, size in SIZES.items():
         if name in cases:
             held, total = (
                 float(x)
