@@ -62,8 +62,9 @@ def test_short_vectors_stay_in_float32():
     assert state.nu["norm"].dtype == jnp.float32
 
 
-@pytest.mark.parametrize("factory", [adamod, adamodw])
-@pytest.mark.parametrize("convention", ["paper", "torch"])
+@pytest.mark.parametrize(
+    ("factory", "convention"), [(adamod, "paper"), (adamodw, "torch")]
+)
 def test_three_bytes_a_parameter(factory, convention):
     params = {"w": jnp.ones((8, 256)), "b": jnp.ones(100)}
     tx = factory(0.1, convention=convention, **FLOAT8)
@@ -88,36 +89,6 @@ def test_each_average_alone(name):
             dequantized(average), optax.tree.get(expected, other), rtol=0.5, atol=2e-2
         )
     assert "float8[4,128]" in repr(optax.tree.get(state, name))
-
-
-@pytest.mark.parametrize(
-    ("axis_type", "spec"),
-    [
-        (AxisType.Auto, P("x")),
-        (AxisType.Auto, P("x", "y")),
-        (AxisType.Auto, P(None, ("x", "y"))),
-        (AxisType.Explicit, P("x")),
-        (AxisType.Explicit, P("x", "y")),
-    ],
-    ids=str,
-)
-def test_sharded_codes_are_those_of_one_device(axis_type, spec):
-    params = {"w": jnp.ones((8, 1024)), "v": jnp.ones((8, 1024))}
-    tx = adamod(0.1, **FLOAT8)
-    _, expected = trained(tx, params)
-    mesh = make_mesh(("x", "y"), axis_type)
-    with jax.set_mesh(mesh):
-        sharding = NamedSharding(mesh, spec)
-        _, actual = trained(tx, jax.device_put(params, sharding))
-        for leaf in jax.tree.leaves(actual[0][1:]):
-            assert leaf.sharding.is_equivalent_to(sharding, 2)
-    far = total = 0
-    pairs = map(jax.tree.leaves, jax.device_get((actual, expected)))
-    for a, b in zip(*pairs, strict=True):
-        apart = np.abs(np.asarray(a, int) - np.asarray(b, int))
-        assert apart.max() <= 1
-        far, total = far + apart.sum(), total + apart.size
-    assert far <= 1e-4 * total
 
 
 def test_exponents_that_a_mesh_does_not_divide_are_replicated():
@@ -165,28 +136,6 @@ def test_adam_state_and_diagnostics():
     momentum = optax.tree.get(state, "mu")["w"].dequantize() / (1 - 0.9**count)
     np.testing.assert_allclose(updates["w"], -rates.bounded["w"] * momentum, rtol=1e-4)
     assert held_by_bound(rates).share["w"] > 0.9
-
-
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda tx: optax.MultiSteps(tx, 2),
-        lambda tx: optax.masked(tx, {"w": True, "b": False}),
-        lambda tx: optax.apply_if_finite(tx, 3),
-        lambda tx: optax.chain(optax.clip(1.0), tx),
-    ],
-    ids=["MultiSteps", "masked", "apply_if_finite", "chain"],
-)
-def test_wrappers(wrap):
-    params = {"w": jnp.ones((4, 128)), "b": jnp.ones(3)}
-    tx, float32 = wrap(adamod(0.1, b3=0.5, **FLOAT8)), wrap(adamod(0.1, b3=0.5))
-    updates, state = trained(tx, params)
-    expected, _ = trained(float32, params)
-    close = np.mean(np.abs(updates["w"] - expected["w"])) / np.mean(
-        np.abs(expected["w"])
-    )
-    assert close < 0.15
-    assert any(map(is_float8, jax.tree.leaves(state, is_leaf=is_float8)))
 
 
 def test_scan_cond_donation_and_injected_hyperparameters():
@@ -383,7 +332,7 @@ def test_from_torch():
     np.testing.assert_allclose(averages.mu["b"], values["b"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("devices", [n for n in (1, 2, 4) if n <= COUNT])
+@pytest.mark.parametrize("devices", [n for n in (1, 4) if n <= COUNT])
 def test_restored_on_other_devices(tmp_path, devices):
     """The codes are those that were saved, and the next step's are near at hand."""
 

@@ -115,6 +115,8 @@ def on_one_device():
         # libtpu has no custom_partitioning: with automatic axes XLA's form runs there.
         *[("tpu", (EXPLICIT, EXPLICIT), spec) for spec in SPECS],
         ("gpu", (EXPLICIT, AUTO), P("x")),
+        *[("xla", (AUTO, AUTO), spec) for spec in SPECS[1:3]],
+        ("xla", (EXPLICIT, EXPLICIT), SPECS[1]),
     ],
     ids=str,
 )
