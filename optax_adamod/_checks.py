@@ -337,36 +337,6 @@ def shape_of_average(name: str, average: Any) -> tuple[int, ...]:
     return jnp.shape(average)
 
 
-def same_shapes(adaptive: Any, bounded: Any) -> None:
-    """Refuses bounded and unbounded learning rates that differ in shape."""
-    if jax.tree.structure(adaptive) != jax.tree.structure(bounded):
-        raise ValueError(
-            "rates.adaptive and rates.bounded differ in structure:\n"
-            f"{jax.tree.structure(adaptive)}\n{jax.tree.structure(bounded)}"
-        )
-    leaves = jax.tree_util.tree_leaves_with_path(adaptive)
-    for (path, x), y in zip(leaves, jax.tree.leaves(bounded), strict=True):
-        if jnp.shape(x) != jnp.shape(y):
-            where = jax.tree_util.keystr(path)
-            raise ValueError(
-                f"rates.adaptive{where} has shape {jnp.shape(x)}, and "
-                f"rates.bounded{where} {jnp.shape(y)}."
-            )
-
-
-def log10_edges(bins: Any) -> tuple[float, ...]:
-    """Returns the edges of a histogram from their powers of ten."""
-    powers = np.asarray(bins, np.float64)
-    increasing = powers.ndim == 1 and powers.size > 1 and np.all(np.diff(powers) > 0)
-    # float32 holds no other powers of ten.
-    if not (increasing and powers[0] >= -37 and powers[-1] <= 38):
-        raise ValueError(
-            "bins must be at least two increasing powers of ten within [-37, 38], such "
-            f"as np.linspace(-8, 0, 33), got {bins!r}."
-        )
-    return tuple((10.0**powers).tolist())
-
-
 def _scalar(
     name: str, value: Any, accepted: str, *, precise: bool = True
 ) -> tuple[Any, float | None]:

@@ -132,9 +132,9 @@ def learning_rates(
     .. seealso:: :func:`optax_adamod.log10_histogram`,
       :func:`optax_adamod.held_by_bound`.
     """
-    state, held = _adamod_state(opt_state)
+    state, kept = _adamod_state(opt_state)
     settings = _settings(
-        held,
+        kept,
         learning_rate=learning_rate, b1=b1, b2=b2, b3=b3, eps=eps, eps_root=eps_root,
         convention=convention,
     )  # fmt: skip
@@ -192,7 +192,7 @@ def held_by_bound(rates: LearningRates) -> HeldByBound:
             "rates must be the LearningRates that learning_rates(opt_state, ...) "
             f"returns, got {type(rates).__name__}."
         )
-    _checks.same_shapes(*rates)
+    _check_same_shapes(*rates)
     adaptive, treedef = jax.tree.flatten(rates.adaptive)
     with jax.numpy_dtype_promotion("standard"):
         leaves = [
@@ -200,6 +200,23 @@ def held_by_bound(rates: LearningRates) -> HeldByBound:
             for pair in zip(adaptive, jax.tree.leaves(rates.bounded), strict=True)
         ]
     return HeldByBound(*(treedef.unflatten([x[i] for x in leaves]) for i in (0, 1)))
+
+
+def _check_same_shapes(adaptive: Any, bounded: Any) -> None:
+    """Refuses bounded and unbounded learning rates that differ in shape."""
+    if jax.tree.structure(adaptive) != jax.tree.structure(bounded):
+        raise ValueError(
+            "rates.adaptive and rates.bounded differ in structure:\n"
+            f"{jax.tree.structure(adaptive)}\n{jax.tree.structure(bounded)}"
+        )
+    leaves = jax.tree_util.tree_leaves_with_path(adaptive)
+    for (path, x), y in zip(leaves, jax.tree.leaves(bounded), strict=True):
+        if jnp.shape(x) != jnp.shape(y):
+            where = jax.tree_util.keystr(path)
+            raise ValueError(
+                f"rates.adaptive{where} has shape {jnp.shape(x)}, and "
+                f"rates.bounded{where} {jnp.shape(y)}."
+            )
 
 
 def _adamod_state(opt_state: Any) -> tuple[ScaleByAdamodState, dict[str, Any]]:
@@ -247,11 +264,11 @@ def _typed(x: Any) -> Any:
     return x
 
 
-def _settings(held: dict[str, Any], **given: Any) -> dict[str, Any]:
+def _settings(kept: dict[str, Any], **given: Any) -> dict[str, Any]:
     """Returns what is given, what the state holds, or the optimizer's default."""
-    if "bound_learning_rate" in held:
-        held = held | {"learning_rate": held["bound_learning_rate"]}
-    elif "learning_rate" in held:
+    if "bound_learning_rate" in kept:
+        kept = kept | {"learning_rate": kept["bound_learning_rate"]}
+    elif "learning_rate" in kept:
         if given["learning_rate"] is None:
             raise ValueError(
                 "opt_state holds a learning_rate among its hyperparams, which may be "
@@ -259,18 +276,18 @@ def _settings(held: dict[str, Any], **given: Any) -> dict[str, Any]:
                 "opt_state.hyperparams['learning_rate']; for a chain whose bound does "
                 "not have it, pass opt_state.inner_state."
             )
-        held = {k: v for k, v in held.items() if k != "learning_rate"}
+        kept = {k: v for k, v in kept.items() if k != "learning_rate"}
     defaults = inspect.signature(scale_by_adamod).parameters
     settings = {}
     for name, value in given.items():
-        if name in held and name != "b3":  # which the rates do not depend on
-            (kept,) = jax.tree.leaves(held[name])
-            if value is not None and _differ(value, kept):
+        if name in kept and name != "b3":  # which the rates do not depend on
+            (own,) = jax.tree.leaves(kept[name])
+            if value is not None and _differ(value, own):
                 raise ValueError(
-                    f"{name} is given as {value}, but opt_state holds {kept} among its "
+                    f"{name} is given as {value}, but opt_state holds {own} among its "
                     f"hyperparams: leave {name} out, or pass opt_state.inner_state."
                 )
-            settings[name] = kept
+            settings[name] = own
         elif value is not None:
             settings[name] = value
         else:

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_adamod import _checks
 from optax_adamod._float8 import Float8Array, as_float8, is_float8
 
 INT32_MAX = np.iinfo(np.int32).max  # coordinates that an int32 can count
@@ -57,7 +56,7 @@ def log10_histogram(tree: Any, bins: Sequence[float] | np.ndarray) -> Log10Histo
 
     .. seealso:: :func:`optax_adamod.learning_rates`.
     """
-    edges = _checks.log10_edges(bins)
+    edges = _edges(bins)
     leaves = [
         as_float8(x) if is_float8(x) else jnp.asarray(x)
         for x in jax.tree.leaves(tree, is_leaf=is_float8)
@@ -74,6 +73,19 @@ def log10_histogram(tree: Any, bins: Sequence[float] | np.ndarray) -> Log10Histo
             above=at_least[-1],
             nan=jnp.asarray(size, dtype) - at_least[0],
         )
+
+
+def _edges(bins: Any) -> tuple[float, ...]:
+    """Returns the edges of the bins from their powers of ten."""
+    powers = np.asarray(bins, np.float64)
+    increasing = powers.ndim == 1 and powers.size > 1 and np.all(np.diff(powers) > 0)
+    # float32 holds no other powers of ten.
+    if not (increasing and powers[0] >= -37 and powers[-1] <= 38):
+        raise ValueError(
+            "bins must be at least two increasing powers of ten within [-37, 38], such "
+            f"as np.linspace(-8, 0, 33), got {bins!r}."
+        )
+    return tuple((10.0**powers).tolist())
 
 
 @contextlib.contextmanager
