@@ -24,7 +24,7 @@ from optax_adamod._arithmetic import (
     bias_correction,
     largest_momentum,
 )
-from optax_adamod._storage import Averages, Seed, zeros_like
+from optax_adamod._storage import Averages, Seed, as_identity, zeros_like
 
 Convention = Literal["paper", "torch"]
 
@@ -67,10 +67,13 @@ class Step(NamedTuple):
             rate = jnp.minimum(rate, self.s_per_alpha(s))  # min(η_t, s_t) / α_t
         return self.m_hat(m, g, times=rate)  # min(η_t, s_t) / α_t · m̂_t
 
-    def possible(self, m: jax.Array, v: jax.Array) -> jax.Array:
-        """Returns m within what averages of gradients can be beside this v."""
-        limit = jax.lax.stop_gradient(self.m_per_root_v * jnp.sqrt(v))
-        return jnp.clip(m, -limit, limit)
+    def possible(self, m: jax.Array, v: jax.Array, unit: jax.Array) -> jax.Array:
+        """Returns m within what averages of gradients can be beside this v.
+
+        Only a unit of its rounding is taken from it, for b1 and b2 may have changed.
+        """
+        limit = jnp.maximum(self.m_per_root_v * jnp.sqrt(v), jnp.abs(m) - unit)
+        return as_identity(m, jnp.clip(m, -limit, limit))
 
     @property
     def dtype(self) -> np.dtype:
@@ -94,17 +97,20 @@ def _in_xla(step, seed, g, stored):
 
     mu, nu, _ = (isinstance(x, _float8.Float8Array) for x in stored)
 
-    def possible(m, v, s):
+    def possible(stored, m, v, s):
         # The smallest code of a group may be far more than a coordinate's v allows.
-        return (step.possible(m, v) if mu and not nu else m), v, s
+        if mu and not nu:
+            m = step.possible(m, v, _float8.smallest(stored.mu))
+        return m, v, s
 
     def averages(g):
         old = stored.load((wide, step.dtype, step.dtype))
-        return step.averages(g.astype(wide), *possible(*old))
+        return step.averages(g.astype(wide), *possible(stored, *old))
 
     # The update uses what is stored, so that the state shows which rates it used.
-    stored, new = stored.store(averages, g, seed)
-    return step.update(g.astype(wide), *possible(*new)).astype(g.dtype), stored
+    new, numbers = stored.store(averages, g, seed)
+    update = step.update(g.astype(wide), *possible(new, *numbers))
+    return update.astype(g.dtype), new
 
 
 class Hyperparameters(NamedTuple):

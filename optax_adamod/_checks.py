@@ -252,7 +252,7 @@ def gradient(path: Any, g: Any, **averages: jax.Array) -> None:
     """Refuses a gradient that would broadcast, or lose its imaginary part."""
     where = jax.tree_util.keystr(path)
     for field, average in averages.items():
-        shape = shape_of_average(f"the state's {field}{where}", average)
+        shape = shape_of_average(f"the state's {field}{where}", average, field)
         if jnp.shape(g) != shape:
             raise ValueError(
                 f"the update at updates{where} has shape {jnp.shape(g)}, but the "
@@ -308,8 +308,8 @@ def storage(
             )
 
 
-def shape_of_average(name: str, average: Any) -> tuple[int, ...]:
-    """Returns the shape of an average; refuses codes that lack their exponents."""
+def shape_of_average(name: str, average: Any, field: str) -> tuple[int, ...]:
+    """Returns the shape of an average; refuses codes that mean something else."""
     if isinstance(average, Float8Array):
         codes, exponents = average.codes, average.exponents
         for part, array in (("codes", codes), ("exponents", exponents)):
@@ -326,6 +326,12 @@ def shape_of_average(name: str, average: Any) -> tuple[int, ...]:
                 f"{name} has codes of shape {codes.shape}, which take "
                 f"exponents of shape {exponents_shape(codes.shape)}, and its exponents "
                 f"have shape {exponents.shape}."
+            )
+        if average.signed != (field == "mu"):
+            raise TypeError(
+                f"the codes of {name} are {codes.dtype}; those of mu are int8, with a "
+                "sign, and those of nu and bound uint8. Make zeros with "
+                "tx.init(params), and other numbers with Float8Array.quantize."
             )
         return codes.shape
     if not jnp.issubdtype(jnp.result_type(average), jnp.inexact):
@@ -357,7 +363,13 @@ def _scalar(
     dtype = _dtype_of(value)
     if dtype is None or not _is_real(dtype):
         of = f"of dtype {getattr(value, 'dtype', dtype)}"
-        raise TypeError(f"{name} must be {accepted}, got {value}, {of}.")
+        way_out = ""
+        if dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
+            way_out = (
+                " Under optax.inject_hyperparams with complex parameters, pass "
+                "hyperparam_dtype=jnp.float32."
+            )
+        raise TypeError(f"{name} must be {accepted}, got {value}, {of}.{way_out}")
     if jnp.ndim(value):
         raise ValueError(
             f"{name} must be {accepted}, got an array of shape {jnp.shape(value)}."

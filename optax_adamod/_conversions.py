@@ -70,8 +70,8 @@ def from_adam(adam_state: optax.OptState, state: optax.OptState) -> optax.OptSta
     """
     adam = _only(adam_state, "adam_state", optax.ScaleByAdamState)
     fresh = _only(state, "state", ScaleByAdamodState)
-    mu = _like(fresh.mu, adam.mu, "adam_state's mu")
-    nu = _like(fresh.nu, adam.nu, "adam_state's nu")
+    mu = _like(fresh.mu, adam.mu, "mu", "adam_state's mu")
+    nu = _like(fresh.nu, adam.nu, "nu", "adam_state's nu")
     (step,) = jax.tree.leaves(adam.count)
     return _replaced(
         state, fresh._replace(mu=mu, nu=nu), step, dict(_counters(adam_state))
@@ -119,6 +119,7 @@ def from_adamod(adamod_state: optax.OptState, state: optax.OptState) -> optax.Op
         field: _like(
             getattr(fresh, field),
             average,
+            field,
             f"adamod_state's {field}",
             nu=old.nu if field == "bound" else None,
         )
@@ -188,6 +189,7 @@ def from_torch(
         field: _like(
             getattr(fresh, field),
             given[field],
+            field,
             f"to_tree's {key}",
             nu=given["nu"] if field == "bound" else None,
         )
@@ -360,13 +362,19 @@ def _check_keys(name: str, stored: Mapping[str, Any]) -> None:
 
 
 def _like(
-    fresh: optax.Updates, tree: optax.Updates, name: str, *, nu: Any = None
+    fresh: optax.Updates,
+    tree: optax.Updates,
+    field: str,
+    name: str,
+    *,
+    nu: Any = None,
 ) -> optax.Updates:
     """Returns ``tree`` with the dtypes, and on the devices, of ``fresh``.
 
     Args:
       fresh: An average of a fresh state.
       tree: What is to be in its place.
+      field: Which of the averages it is.
       name: What the user calls ``tree``.
       nu: For a bound, the average of squares that goes with it.
     """
@@ -379,7 +387,7 @@ def _like(
 
     def convert(path: Any, old: Any, new: Any, v: Any = None) -> Any:
         new, name_here = as_float8(new), f"{name} at {jax.tree_util.keystr(path)}"
-        shape = _checks.shape_of_average(name_here, new)
+        shape = _checks.shape_of_average(name_here, new, field)
         if shape != old.shape:
             raise ValueError(
                 f"{name_here} has shape {shape}, and the parameter has {old.shape}."

@@ -189,6 +189,11 @@ def nearest(x: jax.Array, signed: bool, v: jax.Array | None = None) -> Float8Arr
     return coded(jnp.where(is_bad.any(-1, keepdims=True), ALL_NAN, shared))
 
 
+def smallest(x: Float8Array) -> jax.Array:
+    """Returns the smallest number above 0 of each number's group, in their shape."""
+    return numbers(x._replace(codes=jnp.ones_like(x.codes)))
+
+
 # In the following, codes and exponents are int32, so that kernels call the same; the
 # sign of a code is extended. Exponents broadcast to the members of their groups.
 

@@ -20,11 +20,12 @@ class RoundUpdatesStochasticallyState(NamedTuple):
 def round_updates_stochastically() -> optax.GradientTransformationExtraArgs:
     r"""Make updates that round parameters in bfloat16 stochastically.
 
-    The last transformation of a chain, of any optimizer. A bfloat16 number has 8
-    significant bits, and :func:`optax.apply_updates` rounds the sum of a parameter and
-    its update to the nearest. It loses every update of less than half the spacing. For
-    a bfloat16 parameter :math:`\theta` and an update :math:`u` this transformation
-    returns the bfloat16 update
+    The last transformation of a chain, of any optimizer, and outside of wrappers that
+    keep parameters of their own, such as :func:`optax.lookahead`. A bfloat16 number
+    has 8 significant bits, and :func:`optax.apply_updates` rounds the sum of a
+    parameter and its update to the nearest. It loses every update of less than half
+    the spacing. For a bfloat16 parameter :math:`\theta` and an update :math:`u` this
+    transformation returns the bfloat16 update
 
     .. math::
 
@@ -34,9 +35,10 @@ def round_updates_stochastically() -> optax.GradientTransformationExtraArgs:
     bfloat16 holds this difference where the sum is within a factor of two of the
     parameter. There :func:`optax.apply_updates` gets that very sum, and parameters
     follow their updates in the mean. Larger updates are rounded, by at most 2**-8 of
-    themselves. The random bits are a hash of step, leaf and coordinate,
-    as those of AdaMod's averages. Updates of float32, float64 and complex parameters
-    stay as they are. Leaves that are no arrays may have None as their update.
+    themselves. The random bits are a hash of step, leaf and coordinate, as those of
+    AdaMod's averages, so a state that is made anew repeats them. Updates of float32,
+    float64 and complex parameters stay as they are. Leaves that are no arrays may have
+    None as their update.
 
     Returns:
       The corresponding :class:`optax.GradientTransformationExtraArgs`, whose ``update``

@@ -160,8 +160,9 @@ def zeros_like(
 
 
 def _zeros(param: Any, dtype: np.dtype, shape: tuple[int, ...]) -> jax.Array:
-    if isinstance(param, jax.Array) and not isinstance(param, jax.core.Tracer):
-        sharding = _sharding_for(shape, param.sharding)
+    sharding = getattr(param, "sharding", None)  # of a ShapeDtypeStruct too
+    if not isinstance(param, jax.core.Tracer) and hasattr(sharding, "device_set"):
+        sharding = _sharding_for(shape, sharding)
         default = next(iter(sharding.device_set)).default_memory().kind
         if sharding.memory_kind not in (None, default):
             # Shard by shard: no program of the device's writes to another memory.

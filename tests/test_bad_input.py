@@ -387,3 +387,13 @@ def test_held_by_bound_of_something_else(rates, error, message):
 def test_learning_rates_of_something_else(settings, error, message):
     with raises(error, message):
         learning_rates(adamod(0.1).init(PARAMS), **settings)
+
+
+def test_injected_hyperparameters_of_complex_parameters():
+    """Which Optax makes complex too."""
+    params = {"w": jnp.ones(3, jnp.complex64)}
+    tx = optax.inject_hyperparams(adamod)(0.1)
+    with pytest.raises(TypeError, match=r"learning_rate.*hyperparam_dtype"):
+        tx.update(params, tx.init(params), params)
+    tx = optax.inject_hyperparams(adamod, hyperparam_dtype=jnp.float32)(0.1)
+    tx.update(params, tx.init(params), params)

@@ -10,6 +10,7 @@ from optax_adamod import (
     _arithmetic,
     _float8,
     _kernels,
+    from_adamod,
     scale_by_adamod,
 )
 
@@ -266,3 +267,21 @@ def test_what_was_dequantized_stays(signed, spread):
     np.testing.assert_array_equal(once, twice)
     ones = Float8Array.quantize(jnp.ones((1, 128)), signed=signed).dequantize()
     np.testing.assert_array_equal(ones, 1 - 2**-15 if signed else 1)
+
+
+def test_momentum_of_other_decay_rates_is_kept():
+    """It may exceed what the present ones allow, by more than any rounding."""
+    g = jnp.full((1, 128), 1e-3)
+    old = scale_by_adamod(b2=0.999, b3=0.0)
+    state = old.init(g)
+    for scale in (*[1] * 20, 1000, 1):
+        _, state = old.update(scale * g, state)
+    b2 = 0.95
+    wide, narrow = (
+        scale_by_adamod(b2=b2, b3=0.0, mu_dtype=x) for x in (None, "float8")
+    )
+    expected, _ = wide.update(g, state)
+    limit = _arithmetic.largest_momentum(0.9, b2, np.dtype(np.float32))
+    assert jnp.all(jnp.abs(state.mu) > 1.5 * limit * jnp.sqrt(state.nu))
+    actual, _ = narrow.update(g, from_adamod(state, narrow.init(g)))
+    np.testing.assert_allclose(jnp.mean(actual), jnp.mean(expected), rtol=0.07)

@@ -327,3 +327,36 @@ def test_other_states_are_refused(edit, error, message):
     (state, *_) = adamod(0.1, **STORAGES["float8"]).init(PARAMS)
     with pytest.raises(error, match=message):
         from_adamod(edit(state), adamod(0.1).init(PARAMS))
+
+
+def test_schedules_go_on_from_steps_of_their_own():
+    """A schedule that began at another step than AdaMod, as after a restart."""
+    tx = adamod(SCHEDULE)
+    state = followed("float32")
+    state = (state[0], state[1]._replace(count=jnp.int32(17)))
+    new = from_adamod(state, tx.init(PARAMS))
+    assert [int(new[0].count), int(new[1].count)] == [3, 17]
+
+
+def test_coordinates_without_gradients_loosen_no_bound():
+    """Whose bound, 1 / eps, leaves no room for others in their group."""
+    tx = scale_by_adamod(b3=0.9, eps=1e-15)
+    g = jnp.exp2(jnp.linspace(-20, 0, 128)).at[::7].set(0)[None]
+    _, state = tx.update(g, tx.init(g))
+    new = from_adamod(state, scale_by_adamod(**STORAGES["float8"]).init(g))
+    awake = g[0] != 0
+    actual, expected = new.bound.dequantize()[0, awake], state.bound[0, awake]
+    np.testing.assert_allclose(actual, expected, rtol=0.07)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_codes_of_another_sign_are_refused(field):
+    """As of zeros that were made like another average."""
+    tx, params = scale_by_adamod(**STORAGES["float8"]), {"w": jnp.ones((2, 128))}
+    state = tx.init(params)
+    other = state.nu if field == "mu" else state.mu
+    state = state._replace(**{field: jax.tree.map(jnp.zeros_like, other)})
+    message = rf"codes of .*{field}.*\['w'\] are u?int8; those of mu are int8"
+    for call in (tx.update, from_adamod):
+        with pytest.raises(TypeError, match=message):
+            call(params if call == tx.update else state, state)

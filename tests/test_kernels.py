@@ -138,6 +138,21 @@ def test_sharded_codes_are_those_of_one_device(form, types, spec):
         assert f"{collective}(" not in update.as_text()
 
 
+def test_shards_that_cut_groups_are_put_together():
+    """Under automatic axes, which init does not know."""
+    if COUNT == 1:
+        pytest.skip("one device cuts no group")
+    tx = scale_by_adamod(b3=0.9, **FLOAT8)
+    g = noise((4, 384))  # of 3 groups, whose number has no factor of the mesh
+    _, expected = steps("xla", tx, [g])
+    mesh = make_mesh(("x",), AxisType.Auto)
+    with jax.set_mesh(mesh), _kernels.forced("gpu"):
+        state = tx.init(g)
+        g = jax.device_put(g, NamedSharding(mesh, P(None, "x")))
+        _, actual = jax.jit(tx.update)(g, state)
+    assert_same_codes(actual, expected)
+
+
 @pytest.mark.parametrize(
     ("how", "check_vma"),
     [

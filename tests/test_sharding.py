@@ -317,3 +317,21 @@ def test_data_parallel_replicas_stay_alike(how):
         assert len(copies) == COUNT
         for copy in copies:
             np.testing.assert_array_equal(copy, copies[0])
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_init_of_sharded_shapes_is_that_of_arrays(axis_type):
+    """In 8 bits too, whose exponents have a shape of their own."""
+    tx = scale_by_adamod(**FLOAT8)
+    mesh = make_mesh(("x",), axis_type)
+    with jax.set_mesh(mesh):
+        sharding = NamedSharding(mesh, P("x"))
+        params = jax.device_put(jnp.ones((2 * COUNT, 256)), sharding)
+        state = tx.init(
+            jax.ShapeDtypeStruct(params.shape, params.dtype, sharding=sharding)
+        )
+        expected = tx.init(params)
+        for a, b in zip(*map(jax.tree.leaves, (state, expected)), strict=True):
+            assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+            assert jax.typeof(a) == jax.typeof(b)
+        jax.jit(tx.update)(params, state)
