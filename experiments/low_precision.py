@@ -9,7 +9,7 @@ One row rounds to nearest, which the library does not do: it shows why.
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import optax
@@ -35,7 +35,9 @@ LEARNING_RATE, B2, B3 = 3e-3, 0.98, 0.99
 
 
 def adamod_in(name: str | None) -> optax.GradientTransformation:
-    dtypes = {f"{average}_dtype": name for average in ("mu", "nu", "bound")}
+    dtypes: dict[str, Any] = {
+        f"{average}_dtype": name for average in ("mu", "nu", "bound")
+    }
     return adamod(LEARNING_RATE, b2=B2, b3=B3, **dtypes)
 
 
