@@ -96,9 +96,9 @@ def from_adamod(adamod_state: optax.OptState, state: optax.OptState) -> optax.Op
       none, as with ``b3=0``, that of ``adamod_state`` is left out.
 
     Raises:
-      ValueError: If either state does not hold exactly one AdaMod, or if the states
-        belong to different parameters.
-      TypeError: If codes of 8 bits lack their exponents.
+      ValueError: If either state does not hold exactly one AdaMod, if the states
+        belong to different parameters, or if 8 bits cannot keep a bound.
+      TypeError: If codes of 8 bits lack their exponents, or have another's sign.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -163,7 +163,8 @@ def from_torch(
     Raises:
       ValueError: If ``state_dict`` is not that of an AdaMod, lacks an average or holds
         an unknown one; if parameters are at different steps; if names, structures or
-        shapes do not match; if ``state`` does not hold exactly one AdaMod state.
+        shapes do not match; if ``state`` does not hold exactly one AdaMod state; if 8
+        bits cannot keep a bound.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -408,14 +409,15 @@ def _like(
 
 
 def _check_bound(name: str, placed: Float8Array, s: Any, v: Any) -> None:
-    """Refuses 8 bits for a bound that they would loosen, unless its values are traced.
+    """Refuses 8 bits for a bound that they cannot keep, unless its values are traced.
 
     Numbers far below their group's largest become the smallest code.
     """
-    loose = jnp.sum((placed.dequantize() > 2 * s) & (v != 0))
-    if not isinstance(loose, jax.core.Tracer) and loose:
+    kept = placed.dequantize() <= 2 * s  # not where it is negative, which makes NaN
+    lost = jnp.sum(~kept & (v != 0) & ~jnp.isnan(s))
+    if not isinstance(lost, jax.core.Tracer) and lost:
         raise ValueError(
-            f"{name} cannot be kept in 8 bits: {loose} of its bounds would more than "
-            "double, for they are below 2**-34 of their group's largest. Make the "
-            "optimizer with bound_dtype='bfloat16'."
+            f"{name} cannot be kept in 8 bits: {lost} of its bounds are negative, or "
+            "would more than double, for they are below 2**-34 of their group's "
+            "largest. Make the optimizer with bound_dtype='bfloat16'."
         )

@@ -11,8 +11,9 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from meshes import make_mesh
 from optax_adamod import (
     Float8Array,
     adamod,
@@ -231,9 +232,8 @@ def test_restored_by_orbax(tmp_path, old, new):
         after.update(PARAMS, mapped, PARAMS)
 
 
-def test_under_jit_in_nnx_and_on_a_mesh(eight_devices):
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
-    sharding = NamedSharding(mesh, PartitionSpec(None, "x"))
+def test_under_jit_in_nnx_and_on_a_mesh():
+    sharding = NamedSharding(make_mesh(("x",)), PartitionSpec(None, "x"))
     params = {"w": jax.device_put(jnp.ones((2, 1024)), sharding)}
     tx = adamod(SCHEDULE, **STORAGES["float8"])
     state, fresh = follow(adamod(SCHEDULE), {"w": np.ones((2, 1024))}), tx.init(params)
@@ -360,3 +360,10 @@ def test_codes_of_another_sign_are_refused(field):
     for call in (tx.update, from_adamod):
         with pytest.raises(TypeError, match=message):
             call(params if call == tx.update else state, state)
+
+
+def test_negative_bounds_are_refused_in_8_bits():
+    """Of a negative learning rate; they would make their group NaN."""
+    state = follow(adamod(-0.1))
+    with pytest.raises(ValueError, match=r"bound at .*8 bits: .* negative"):
+        from_adamod(state, adamod(0.1, bound_dtype="float8").init(PARAMS))
