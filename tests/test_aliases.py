@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from close import assert_few_units_apart
+from helpers import assert_few_units_apart
 from optax_adamod import adamod, adamodw, scale_by_adamod
 
 PARAMS = {

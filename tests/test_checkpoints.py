@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from meshes import COUNT, make_mesh
+from helpers import COUNT, make_mesh
 from optax_adamod import ScaleByAdamodState, adamod
 
 TX = optax.chain(

@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
-from close import assert_few_units_apart
+from helpers import assert_few_units_apart
 from optax_adamod import (
     LearningRates,
     adamod,

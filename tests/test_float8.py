@@ -13,7 +13,7 @@ from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from meshes import COUNT, make_mesh
+from helpers import COUNT, make_mesh
 from optax_adamod import (
     Float8Array,
     adamod,

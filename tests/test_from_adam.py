@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from meshes import make_mesh
+from helpers import make_mesh
 from optax_adamod import (
     ScaleByAdamodState,
     adamod,

@@ -18,7 +18,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
-from meshes import make_mesh
+from helpers import make_mesh
 from optax_adamod import adamod, adamodw, from_torch, scale_by_adamod
 from reference import RELEASE
 

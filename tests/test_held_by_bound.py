@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from meshes import COUNT, make_mesh
+from helpers import COUNT, make_mesh
 from optax_adamod import LearningRates, held_by_bound
 
 

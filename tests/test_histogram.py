@@ -10,8 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from close import assert_few_units_apart
-from meshes import COUNT, make_mesh
+from helpers import COUNT, assert_few_units_apart, make_mesh
 from optax_adamod import (
     Float8Array,
     LearningRates,

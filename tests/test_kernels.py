@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from meshes import COUNT, make_mesh
+from helpers import COUNT, make_mesh
 from optax_adamod import _kernels, adamod, scale_by_adamod
 
 FLOAT8 = {f"{name}_dtype": "float8" for name in ("mu", "nu", "bound")}

@@ -11,7 +11,7 @@ from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from meshes import make_mesh
+from helpers import make_mesh
 from optax_adamod import adamod, round_updates_stochastically
 
 

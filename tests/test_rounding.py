@@ -11,9 +11,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from close import assert_equal_but_for_few_roundings
-from meshes import COUNT, make_mesh
-from nearest import rounded_to_nearest
+from helpers import (
+    COUNT,
+    assert_equal_but_for_few_roundings,
+    make_mesh,
+    rounded_to_nearest,
+)
 from optax_adamod import _storage, adamod, scale_by_adamod
 
 BFLOAT16 = {f"{name}_dtype": "bfloat16" for name in ("mu", "nu", "bound")}

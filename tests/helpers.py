@@ -1,14 +1,18 @@
-"""How close two programs come that compute the same.
+"""What several test files share: how close is close, meshes, rounding to nearest.
 
 XLA rounds a sum of products once or twice, as it sees fit, for every program and every
 shape of a shard. So equal bits are asked of one program on the same devices, of what is
 stored and restored, and of random bits; of all else a few units in the last place.
 """
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.sharding import AxisType
 
 FEW_UNITS = 8 * float(np.finfo(np.float32).eps)
 
@@ -43,3 +47,42 @@ def _assert_leaf_few_units_apart(a, b):
     units = FEW_UNITS * (float(jnp.finfo(a.dtype).eps) / np.finfo(np.float32).eps)
     scale = np.max(np.abs(b), initial=0.0)
     np.testing.assert_allclose(a, b, rtol=units, atol=0.1 * units * float(scale))
+
+
+# Meshes are of as many devices as there are: the accelerators, one included, or 8 CPUs.
+# `JAX_NUM_CPU_DEVICES=1 pytest` runs the tests as a machine with one device does.
+# A power of two, so that it divides the tests' arrays.
+COUNT = min(8, 1 << (jax.device_count().bit_length() - 1))
+# Of two axes the first is the longer.
+_SHAPES = {1: (1, 1), 2: (2, 1), 4: (2, 2), 8: (4, 2)}
+
+
+def make_mesh(names, axis_types=AxisType.Auto, devices=COUNT):
+    """A mesh of one axis or two, of one type or of a type each."""
+    if isinstance(axis_types, AxisType):
+        axis_types = (axis_types,) * len(names)
+    return jax.make_mesh(
+        (devices,) if len(names) == 1 else _SHAPES[devices],
+        names,
+        axis_types=axis_types,
+        devices=jax.devices()[:devices],
+    )
+
+
+def rounded_to_nearest(
+    tx: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+    """Keeps a transformation's float32 averages in bfloat16, rounded to nearest."""
+
+    def cast(state: optax.OptState, old: Any, new: Any) -> optax.OptState:
+        return jax.tree.map(lambda x: x.astype(new) if x.dtype == old else x, state)
+
+    def init_fn(params: optax.Params) -> optax.OptState:
+        return cast(tx.init(params), jnp.float32, jnp.bfloat16)
+
+    def update_fn(updates, state, params=None):
+        state = cast(state, jnp.bfloat16, jnp.float32)
+        updates, state = tx.update(updates, state, params)
+        return updates, cast(state, jnp.float32, jnp.bfloat16)
+
+    return optax.GradientTransformation(init_fn, update_fn)
