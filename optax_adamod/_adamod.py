@@ -7,14 +7,14 @@ and Xu Sun.
 """
 
 import functools
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_adamod import _checks, _float8, _kernels
+from optax_adamod import _checks, _float8, _kernels, _settings
 from optax_adamod._arithmetic import (
     Average,
     BoundPerAlpha,
@@ -24,9 +24,8 @@ from optax_adamod._arithmetic import (
     bias_correction,
     largest_momentum,
 )
+from optax_adamod._settings import Convention, Hyperparameters
 from optax_adamod._storage import Averages, Seed, as_identity, zeros_like
-
-Convention = Literal["paper", "torch"]
 
 
 class ScaleByAdamodState(NamedTuple):
@@ -41,7 +40,7 @@ class ScaleByAdamodState(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Algorithm 1 at one step, for all leaves of one dtype."""
+    """Algorithm 1 at step t, for all leaves of one dtype."""
 
     average_g: Average  #: m_t, of m_{t-1} and g_t
     average_g2: Average  #: v_t, of v_{t-1} and |g_t|^2
@@ -54,6 +53,7 @@ class Step(NamedTuple):
 
     def averages(self, g: jax.Array, m: jax.Array, v: jax.Array, s: Any) -> tuple:
         """Returns m_t, v_t and s_t, of g_t and the averages of the step before."""
+        g = g.astype(m.dtype)
         m = self.average_g(m, g)  # m_t
         v = self.average_g2(v, abs_sq(g))  # v_t
         if s is not None:
@@ -65,113 +65,34 @@ class Step(NamedTuple):
         rate = self.eta_per_alpha(v)
         if s is not None:
             rate = jnp.minimum(rate, self.s_per_alpha(s))  # min(η_t, s_t) / α_t
-        return self.m_hat(m, g, times=rate)  # min(η_t, s_t) / α_t · m̂_t
-
-    def possible(self, m: jax.Array, v: jax.Array, unit: jax.Array) -> jax.Array:
-        """Returns m within what averages of gradients can be beside this v.
-
-        Only a unit of its rounding is taken from it, for b1 and b2 may have changed.
-        """
-        limit = jnp.maximum(self.m_per_root_v * jnp.sqrt(v), jnp.abs(m) - unit)
-        return as_identity(m, jnp.clip(m, -limit, limit))
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Dtype of the arithmetic."""
-        return self.s_per_alpha.factor.dtype
-
-
-# A function of its own, so that leaves of one shape and dtype are traced once.
-@functools.partial(jax.jit, static_argnames="form")
-def _update_leaf(step, seed, g, *stored, form):
-    """Algorithm 1 for one leaf; returns the update and the averages as stored."""
-    stored = Averages(*stored)
-    seed = Seed.of(*seed, g, stored)
-    if stored.are_float8 and step.dtype == np.float32:
-        return _kernels.update(_in_xla, form, step, seed, g, stored)
-    return _in_xla(step, seed, g, stored)
-
-
-def _in_xla(step, seed, g, stored):
-    wide = jnp.result_type(g, step.dtype)
-
-    mu, nu, _ = (isinstance(x, _float8.Float8Array) for x in stored)
-
-    def possible(stored, m, v, s):
-        # The smallest code of a group may be far more than a coordinate's v allows.
-        if mu and not nu:
-            m = step.possible(m, v, _float8.smallest(stored.mu))
-        return m, v, s
-
-    def averages(g):
-        old = stored.load((wide, step.dtype, step.dtype))
-        return step.averages(g.astype(wide), *possible(stored, *old))
-
-    # The update uses what is stored, so that the state shows which rates it used.
-    new, numbers = stored.store(averages, g, seed)
-    update = step.update(g.astype(wide), *possible(new, *numbers))
-    return update.astype(g.dtype), new
-
-
-class Hyperparameters(NamedTuple):
-    """The settings of a whole run, checked; numbers are Python floats."""
-
-    b1: float | jax.Array
-    b2: float | jax.Array
-    b3: float | jax.Array
-    eps: float | jax.Array
-    eps_root: float | jax.Array
-    convention: Convention
-    nesterov: bool
-
-    @property
-    def bounded(self) -> bool:
-        """Whether there is a bound: not if b3 is the Python number 0, as in Adam."""
-        return not (isinstance(self.b3, float) and self.b3 == 0.0)
+        update = self.m_hat(m, g.astype(m.dtype), times=rate)  # · m̂_t
+        return update.astype(g.dtype)
 
     @classmethod
-    def checked(cls, b1, b2, b3, eps, eps_root, convention, nesterov=False):
-        _checks.choice("convention", convention, get_args(Convention))
-        if nesterov and convention != "paper":
-            raise ValueError(
-                "nesterov=True is defined for convention='paper' alone, got "
-                f"convention={convention!r}."
-            )
-        return cls(
-            _checks.decay_rate("b1", b1),
-            _checks.decay_rate("b2", b2),
-            _checks.decay_rate_of_bound("b3", b3),
-            _checks.nonnegative("eps", eps),
-            _checks.nonnegative("eps_root", eps_root),
-            convention,
-            nesterov,
-        )
-
-    def at_step(
-        self,
-        count: jax.typing.ArrayLike,
-        alpha: jax.typing.ArrayLike,
-        dtype: np.dtype,
-    ) -> Step:
-        """Returns the step that is the ``count``-th, in arithmetic of ``dtype``."""
+    def at(
+        cls, count: Any, alpha: Any, hyperparameters: Hyperparameters, dtype: np.dtype
+    ) -> "Step":
+        """Returns step t = count, at which the learning rate is alpha."""
         b1, b2, b3, eps, eps_root = (
-            x if isinstance(x, float) else jnp.asarray(x, dtype) for x in self[:5]
+            x if isinstance(x, float) else jnp.asarray(x, dtype)
+            for x in hyperparameters[:5]
         )
         alpha = jnp.asarray(alpha, dtype)
         t, next_t = (
             jnp.asarray(x, dtype) for x in (count, optax.safe_increment(count))
         )
-        m_correction, v_correction = bias_correction(b1, t), bias_correction(b2, t)
-        if self.convention == "paper":
+        m_correction = bias_correction(b1, t)  # 1 / (1 - b1^t)
+        v_correction = bias_correction(b2, t)  # 1 / (1 - b2^t)
+        if hyperparameters.convention == "paper":
             m_hat = Momentum(m_correction, None)
             eta_per_alpha = Rate(1.0, v_correction, eps, eps_root)
         else:  # both corrections are inside the rate
             m_hat = Momentum(1.0, None)
             corrections = m_correction * jax.lax.rsqrt(v_correction)
             eta_per_alpha = Rate(corrections, 1.0, eps, eps_root)
-        if self.nesterov:
+        if hyperparameters.nesterov:
             m_hat = Momentum(b1 * bias_correction(b1, next_t), (1 - b1) * m_correction)
-        return Step(
+        return cls(
             average_g=Average.of(b1),
             average_g2=Average.of(b2),
             average_eta=Average.of(b3),
@@ -181,6 +102,38 @@ class Hyperparameters(NamedTuple):
             m_hat=m_hat,
             m_per_root_v=largest_momentum(b1, b2, dtype),
         )
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Dtype of the arithmetic."""
+        return self.s_per_alpha.factor.dtype
+
+
+# A function of its own, so that leaves of one shape and dtype are traced once.
+@functools.partial(jax.jit, static_argnames="form")
+def _update_leaf(step, seed, g, stored, form):
+    """Returns the update of one leaf and its averages, as stored."""
+    seed = Seed.of(*seed, g, stored)
+    if stored.are_float8 and step.dtype == np.float32:
+        return _kernels.update(_in_xla, form, step, seed, g, stored)
+    return _in_xla(step, seed, g, stored)
+
+
+def _in_xla(step, seed, g, stored):
+    dtypes = jnp.result_type(g, step.dtype), step.dtype, step.dtype
+    old = stored.load(dtypes, step.m_per_root_v)
+    exponents = (None, None, None)
+    if stored.any_float8:
+        # A group's exponent is known when all its averages are. The barriers have XLA
+        # compute these twice, instead of writing them to memory in between, which takes
+        # longer on CPU.
+        first = step.averages(jax.lax.optimization_barrier(g), *old)
+        exponents = jax.lax.optimization_barrier(stored.exponents_of(first))
+    new = step.averages(g, *old)
+    stored = stored.store(new, exponents, seed)
+    # The update uses what is stored, so that the state shows which rates it used.
+    numbers = stored.load(dtypes, step.m_per_root_v)
+    return step.update(g, *jax.tree.map(as_identity, new, numbers)), stored
 
 
 def real_dtype(*values: Any) -> np.dtype:
@@ -306,15 +259,10 @@ def scale_by_adamod(
     hyperparameters = Hyperparameters.checked(
         b1, b2, b3, eps, eps_root, convention, nesterov
     )
-    bound_learning_rate = _checks.scalar_or_schedule(
-        "bound_learning_rate", bound_learning_rate
+    dtypes = _settings.state_dtypes(mu_dtype, nu_dtype, bound_dtype)
+    bound_learning_rate = _settings.bound_learning_rate(
+        bound_learning_rate, dtypes["bound"]
     )
-    mu_dtype = _checks.mu_dtype(mu_dtype)
-    nu_dtype = _checks.rate_dtype("nu_dtype", nu_dtype)
-    bound_dtype = _checks.rate_dtype("bound_dtype", bound_dtype)
-    _checks.signs("bound_learning_rate", bound_learning_rate, bound_dtype)
-    bounded = hyperparameters.bounded
-    dtypes = {"mu": mu_dtype, "nu": nu_dtype, "bound": bound_dtype}
 
     def init_fn(params):
         _checks.parameters(params, dtypes)
@@ -329,56 +277,66 @@ def scale_by_adamod(
 
         return ScaleByAdamodState(
             count=jnp.zeros([], jnp.int32),
-            mu=zeros(lambda p: _mu_dtype(p, mu_dtype), signed=True),
-            nu=zeros(or_real(nu_dtype)),
-            bound=zeros(or_real(bound_dtype)) if bounded else None,
+            mu=zeros(lambda p: _mu_dtype(p, dtypes["mu"]), signed=True),
+            nu=zeros(or_real(dtypes["nu"])),
+            bound=zeros(or_real(dtypes["bound"])) if hyperparameters.bounded else None,
         )
 
     def update_fn(updates, state, params=None):
-        _checks.state_of_adamod(state, bounded)
+        _checks.state_of_adamod(state, hyperparameters.bounded)
         count = optax.safe_increment(state.count)
         words = Seed.of_step(count)
-        alpha = _checks.at_count(bound_learning_rate, state.count)
-        if bound_dtype == "float8":  # which has no sign
+        alpha = _settings.at_count(bound_learning_rate, state.count)
+        if dtypes["bound"] == "float8":  # which has no sign
             alpha = jnp.where(jnp.asarray(alpha) < 0, jnp.nan, alpha)
         step = functools.cache(
-            lambda dtype: hyperparameters.at_step(count, alpha, dtype)
+            functools.partial(Step.at, count, alpha, hyperparameters)
         )
+
+        def update_leaf(path, g, p, *averages):
+            stored = Averages(*map(_float8.as_float8, averages))
+            if g is None:
+                return None, stored
+            _checks.gradient(path, g, stored)
+            _checks.storage(path, p, stored, dtypes)
+            return _update_leaf(
+                step(real_dtype(g, *stored)),
+                (words, Seed.of_leaf(path)),
+                jnp.asarray(g),
+                stored,
+                _kernels.form(),
+            )
+
         gradients, treedef = jax.tree_util.tree_flatten_with_path(
             updates, is_leaf=lambda x: x is None
         )
-        averages = {"mu": state.mu, "nu": state.nu}
-        if bounded:
-            averages["bound"] = state.bound
-        _checks.same_structure(gradients, treedef, averages)
-        stored = zip(*map(treedef.flatten_up_to, averages.values()), strict=True)
+        averages = [
+            _checks.like_updates(gradients, treedef, field, getattr(state, field))
+            if field != "bound" or hyperparameters.bounded
+            else [None] * len(gradients)
+            for field in Averages._fields
+        ]
         try:
             params = treedef.flatten_up_to(params)
         except ValueError:  # None, or another tree, which is not needed
             params = [None] * len(gradients)
-        leaves = []
         # Widening is intended here, even if the user's code forbids it.
         with jax.numpy_dtype_promotion("standard"):
-            for (path, g), p, leaf in zip(gradients, params, stored, strict=True):
-                leaf = tuple(map(_float8.as_float8, leaf))
-                mu, nu, bound = leaf if bounded else (*leaf, None)
-                if g is None:
-                    leaves.append((None, mu, nu, bound))
-                    continue
-                named = dict(zip(averages, leaf, strict=True))
-                _checks.gradient(path, g, **named)
-                _checks.storage(path, p, dtypes, **named)
-                seed = words, Seed.of_leaf(path)
-                here = step(real_dtype(g, *leaf))
-                new, average = _update_leaf(
-                    here, seed, jnp.asarray(g), mu, nu, bound, form=_kernels.form()
+            leaves = [
+                update_leaf(path, g, p, *stored)
+                for (path, g), p, *stored in zip(
+                    gradients, params, *averages, strict=True
                 )
-                leaves.append((new, *average))
-        updates, mu, nu, bound = (
-            treedef.unflatten([leaf[i] for leaf in leaves]) for i in range(4)
+            ]
+        mu, nu, bound = (
+            treedef.unflatten([getattr(stored, field) for _, stored in leaves])
+            for field in Averages._fields
         )
-        if not bounded:
-            bound = None
-        return updates, ScaleByAdamodState(count=count, mu=mu, nu=nu, bound=bound)
+        return treedef.unflatten([update for update, _ in leaves]), ScaleByAdamodState(
+            count=count,
+            mu=mu,
+            nu=nu,
+            bound=bound if hyperparameters.bounded else None,
+        )
 
     return optax.GradientTransformation(init_fn, update_fn)

@@ -3,8 +3,8 @@
 import jax
 import optax
 
-from optax_adamod import _checks
-from optax_adamod._adamod import Convention, scale_by_adamod
+from optax_adamod._adamod import scale_by_adamod
+from optax_adamod._settings import Convention, scalar_or_schedule
 
 
 def adamod(
@@ -176,7 +176,7 @@ def adamod(
     .. seealso:: :func:`optax_adamod.adamodw`, :func:`optax_adamod.scale_by_adamod`,
       :func:`optax.adam`.
     """
-    learning_rate = _checks.scalar_or_schedule("learning_rate", learning_rate)
+    learning_rate = scalar_or_schedule("learning_rate", learning_rate)
     return optax.chain(
         scale_by_adamod(
             b1=b1,
@@ -300,8 +300,8 @@ def adamodw(
     .. seealso:: :func:`optax_adamod.adamod`, :func:`optax_adamod.scale_by_adamod`,
       :func:`optax.adamw`.
     """
-    learning_rate = _checks.scalar_or_schedule("learning_rate", learning_rate)
-    weight_decay = _checks.scalar_or_schedule("weight_decay", weight_decay)
+    learning_rate = scalar_or_schedule("learning_rate", learning_rate)
+    weight_decay = scalar_or_schedule("weight_decay", weight_decay)
     return optax.chain(
         scale_by_adamod(
             b1=b1,

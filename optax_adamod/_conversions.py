@@ -1,7 +1,6 @@
 """The states of other optimizers, and in other storage, turned into AdaMod's."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_adamod import _checks, _float8
+from optax_adamod import _checks, _find, _float8
 from optax_adamod._adamod import ScaleByAdamodState
-from optax_adamod._diagnostics import INJECTED
 from optax_adamod._float8 import Float8Array, as_float8, is_float8
 from optax_adamod._rounding import RoundUpdatesStochasticallyState
 
@@ -68,14 +66,10 @@ def from_adam(adam_state: optax.OptState, state: optax.OptState) -> optax.OptSta
 
     .. seealso:: :func:`optax_adamod.from_adamod`, :func:`optax_adamod.from_torch`.
     """
-    adam = _only(adam_state, "adam_state", optax.ScaleByAdamState)
-    fresh = _only(state, "state", ScaleByAdamodState)
-    mu = _like(fresh.mu, adam.mu, "mu", "adam_state's mu")
-    nu = _like(fresh.nu, adam.nu, "nu", "adam_state's nu")
-    (step,) = jax.tree.leaves(adam.count)
-    return _replaced(
-        state, fresh._replace(mu=mu, nu=nu), step, dict(_counters(adam_state))
-    )
+    adam = _find.only(adam_state, "adam_state", optax.ScaleByAdamState).state
+    averages = {"mu": adam.mu, "nu": adam.nu}
+    names = {field: f"adam_state's {field}" for field in averages}
+    return _continued(state, averages, names, adam.count, adam_state)
 
 
 def from_adamod(adamod_state: optax.OptState, state: optax.OptState) -> optax.OptState:
@@ -113,24 +107,10 @@ def from_adamod(adamod_state: optax.OptState, state: optax.OptState) -> optax.Op
 
     .. seealso:: :func:`optax_adamod.from_adam`, :func:`optax_adamod.Float8Array`.
     """
-    old = _only(adamod_state, "adamod_state", ScaleByAdamodState)
-    fresh = _only(state, "state", ScaleByAdamodState)
-    averages = {
-        field: _like(
-            getattr(fresh, field),
-            average,
-            field,
-            f"adamod_state's {field}",
-            nu=old.nu if field == "bound" else None,
-        )
-        for field, average in old._asdict().items()
-        if field != "count"
-        and average is not None
-        and getattr(fresh, field) is not None
-    }
-    (step,) = jax.tree.leaves(old.count)
-    steps = dict(_counters(adamod_state))
-    return _replaced(state, fresh._replace(**averages), step, steps)
+    old = _find.only(adamod_state, "adamod_state", ScaleByAdamodState).state
+    averages = {"mu": old.mu, "nu": old.nu, "bound": old.bound}
+    names = {field: f"adamod_state's {field}" for field in averages}
+    return _continued(state, averages, names, old.count, adamod_state)
 
 
 def from_torch(
@@ -183,96 +163,69 @@ def from_torch(
 
     .. seealso:: :func:`optax_adamod.from_adam`.
     """
-    fresh = _only(state, "state", ScaleByAdamodState)
-    step, averages = _read(state_dict, names)
-    given = {field: to_tree(averages[key]) for field, key in _TORCH_NAMES.items()}
-    trees = {
-        field: _like(
-            getattr(fresh, field),
-            given[field],
-            field,
-            f"to_tree's {key}",
-            nu=given["nu"] if field == "bound" else None,
-        )
-        for field, key in _TORCH_NAMES.items()
-        if getattr(fresh, field) is not None
-    }
-    return _replaced(state, fresh._replace(**trees), step)
+    step, by_key = _read(state_dict, names)
+    averages = {field: to_tree(by_key[key]) for field, key in _TORCH_NAMES.items()}
+    names_of_trees = {field: f"to_tree's {key}" for field, key in _TORCH_NAMES.items()}
+    return _continued(state, averages, names_of_trees, step)
 
 
-def _only(state: Any, name: str, kind: type) -> Any:
-    """Returns the one state of a kind that ``state`` holds."""
-    found = [
-        x
-        for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind))
-        if isinstance(x, kind)
-    ]
-    if len(found) != 1:
-        raise ValueError(
-            f"{name} must hold one {kind.__name__}, and holds {len(found)}: pass the "
-            "part of it that does."
-        )
-    if any(map(jnp.ndim, jax.tree.leaves(found[0].count))):
-        raise ValueError(f"{name} is a stack of states: convert it under jax.vmap.")
-    return found[0]
-
-
-def _counters(state: Any, prefix: str = "") -> Iterator[tuple[Any, Any]]:
-    """The step of every state that counts steps, by its place and kind."""
-    leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=_is_counter)
-    for path, x in leaves:
-        if _is_counter(x):
-            place = prefix + jax.tree_util.keystr(path)
-            (step,) = jax.tree.leaves(x.count)
-            yield (place, type(x)), step
-            if isinstance(x, INJECTED):
-                yield from _counters(x.inner_state, f"{place}.inner_state")
-
-
-def _is_counter(x: Any) -> bool:
-    return isinstance(x, (ScaleByAdamodState, *_STEPS, *INJECTED))
-
-
-def _replaced(
+def _continued(
     state: optax.OptState,
-    adamod: ScaleByAdamodState,
-    step: jax.typing.ArrayLike,
-    steps: Mapping[Any, Any] = MappingProxyType({}),
-    prefix: str = "",
+    averages: Mapping[str, Any],
+    names: Mapping[str, str],
+    step: Any,
+    source: Any = None,
 ) -> optax.OptState:
-    """Returns ``state`` with this AdaMod in it, its schedules at their ``steps``.
+    """Returns ``state`` with other averages, its schedules and all else at their steps.
 
-    Those at a place that ``steps`` does not have are at ``step``.
+    Args:
+      state: A state with one AdaMod.
+      averages: What is to be in it; None for a bound that there is not.
+      names: What the user calls each.
+      step: The step of AdaMod, and of what ``source`` has nothing for.
+      source: The state that counted the steps.
     """
+    fresh = _find.only(state, "state", ScaleByAdamodState).state
+    new = {}
+    for field, average in averages.items():
+        if average is not None and getattr(fresh, field) is not None:
+            nu = averages["nu"] if field == "bound" else None
+            new[field] = _like(getattr(fresh, field), average, field, names[field], nu)
+    clocks = (*_STEPS, *_find.INJECTED)
+    steps = {
+        (x.path, type(x.state)): x.state.count for x in _find.walk(source, *clocks)
+    }
 
-    def replace(path: Any, x: Any) -> Any:
-        if not _is_counter(x):
-            return x
-        place = prefix + jax.tree_util.keystr(path)
+    def at_step(path: str, x: Any) -> Any:
+        here = (
+            step
+            if isinstance(x, ScaleByAdamodState)
+            else steps.get((path, type(x)), step)
+        )
+        x = x._replace(count=_counted(here, x.count))
         if isinstance(x, ScaleByAdamodState):
-            return adamod._replace(count=counted(step, x.count))
-        here = steps.get((place, type(x)), step)
-        if isinstance(x, _STEPS):
-            return x._replace(count=counted(here, x.count))
-        inner_place = f"{place}.inner_state"
-        inner = _replaced(x.inner_state, adamod, step, steps, inner_place)
-        x = x._replace(count=counted(here, x.count), inner_state=inner)
+            return x._replace(**new)
         if isinstance(x, optax.InjectStatefulHyperparamsState):
             states = jax.tree.map_with_path(
-                lambda path, y: (
-                    counted(here, y)
-                    if jax.tree_util.GetAttrKey("count") in path[-2:]
-                    else y
-                ),
+                lambda keys, old: _counted(here, old) if _is_count(keys) else old,
                 x.hyperparams_states,
             )
             x = x._replace(hyperparams_states=states)
         return x
 
-    def counted(step: Any, count: Any) -> Any:
-        return jax.tree.map(lambda old: _placed(jnp.asarray(step), old), count)
+    return _find.replaced(state, (ScaleByAdamodState, *clocks), at_step)
 
-    return jax.tree.map_with_path(replace, state, is_leaf=_is_counter)
+
+def _is_count(keys: Any) -> bool:
+    """Returns whether a path ends in a count, in which Flax may have a variable."""
+    count = jax.tree_util.GetAttrKey("count"), jax.tree_util.DictKey("count")
+    return any(key in count for key in keys[-2:])
+
+
+def _counted(step: Any, count: Any) -> Any:
+    """Returns the step in the form of a count, in which Flax may have wrapped both."""
+    (step,) = jax.tree.leaves(step)
+    return jax.tree.map(lambda old: _placed(jnp.asarray(step), old), count)
 
 
 def _placed(new: Any, old: Any, v: Any = None) -> Any:
@@ -367,7 +320,6 @@ def _like(
     tree: optax.Updates,
     field: str,
     name: str,
-    *,
     nu: Any = None,
 ) -> optax.Updates:
     """Returns ``tree`` with the dtypes, and on the devices, of ``fresh``.

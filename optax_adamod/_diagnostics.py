@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,17 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_adamod import _checks, _storage
+from optax_adamod import _find, _settings
 from optax_adamod._adamod import (
-    Convention,
-    Hyperparameters,
     ScaleByAdamodState,
+    Step,
     real_dtype,
     scale_by_adamod,
 )
 from optax_adamod._float8 import as_float8, is_float8
-
-INJECTED = optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState
+from optax_adamod._settings import Convention, Hyperparameters
+from optax_adamod._storage import Averages
 
 
 class LearningRates(NamedTuple):
@@ -132,33 +130,29 @@ def learning_rates(
     .. seealso:: :func:`optax_adamod.log10_histogram`,
       :func:`optax_adamod.held_by_bound`.
     """
-    state, kept = _adamod_state(opt_state)
-    settings = _settings(
+    _, state, kept = _find.only(opt_state, "opt_state", ScaleByAdamodState)
+    settings = _given_or_kept(
         kept,
         learning_rate=learning_rate, b1=b1, b2=b2, b3=b3, eps=eps, eps_root=eps_root,
         convention=convention,
     )  # fmt: skip
-    alpha = _checks.scalar_or_schedule("learning_rate", settings.pop("learning_rate"))
+    alpha = _settings.scalar_or_schedule("learning_rate", settings.pop("learning_rate"))
     hyperparameters = Hyperparameters.checked(**settings)
     (count,) = jax.tree.leaves(state.count)
-    if jnp.ndim(count):
-        raise ValueError(
-            f"opt_state is a stack of {jnp.shape(count)} states: use "
-            "jax.vmap(learning_rates)."
-        )
-    alpha = _checks.at_count(alpha, jnp.maximum(count - 1, 0))
-    step = functools.cache(lambda dtype: hyperparameters.at_step(count, alpha, dtype))
+    alpha = _settings.at_count(alpha, jnp.maximum(count - 1, 0))
+    step = functools.cache(functools.partial(Step.at, count, alpha, hyperparameters))
 
     def leaves_of(average):
-        leaves, treedef = jax.tree.flatten(average, is_leaf=is_float8)
-        return [as_float8(leaf) for leaf in leaves], treedef
+        leaves = jax.tree.leaves(average, is_leaf=is_float8)
+        return [as_float8(leaf) for leaf in leaves]
 
-    (mu, _), (nu, treedef) = leaves_of(state.mu), leaves_of(state.nu)
-    bound = [None] * len(nu) if state.bound is None else leaves_of(state.bound)[0]
+    mu, nu = leaves_of(state.mu), leaves_of(state.nu)
+    bound = [None] * len(nu) if state.bound is None else leaves_of(state.bound)
+    treedef = jax.tree.structure(state.nu, is_leaf=is_float8)
     with jax.numpy_dtype_promotion("standard"):
         rates = [
-            _leaf_rates(step(real_dtype(*leaf)).eta, leaf[1], leaf[2])
-            for leaf in zip(mu, nu, bound, strict=True)
+            _leaf_rates(step(real_dtype(*averages)), *averages[1:])
+            for averages in zip(mu, nu, bound, strict=True)
         ]
     return LearningRates(*(treedef.unflatten([r[i] for r in rates]) for i in (0, 1)))
 
@@ -196,7 +190,7 @@ def held_by_bound(rates: LearningRates) -> HeldByBound:
     adaptive, treedef = jax.tree.flatten(rates.adaptive)
     with jax.numpy_dtype_promotion("standard"):
         leaves = [
-            _held(*pair)
+            _share_and_factor(*pair)
             for pair in zip(adaptive, jax.tree.leaves(rates.bounded), strict=True)
         ]
     return HeldByBound(*(treedef.unflatten([x[i] for x in leaves]) for i in (0, 1)))
@@ -219,52 +213,7 @@ def _check_same_shapes(adaptive: Any, bounded: Any) -> None:
             )
 
 
-def _adamod_state(opt_state: Any) -> tuple[ScaleByAdamodState, dict[str, Any]]:
-    """Finds the AdaMod state and the hyperparameters that are kept around it."""
-    found: dict[str, tuple[ScaleByAdamodState, dict[str, Any]]] = {}
-    seen: dict[str, None] = {}  # names of types, in order
-
-    def search(tree, path, hyperparams):
-        def is_node(x):
-            if not jax.tree_util.all_leaves([x]):
-                seen[type(x).__name__] = None
-            return isinstance(_typed(x), (ScaleByAdamodState, *INJECTED))
-
-        for key, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node):
-            place, x = path + jax.tree_util.keystr(key), _typed(x)
-            if isinstance(x, ScaleByAdamodState):
-                found[place] = x, hyperparams
-            elif isinstance(x, INJECTED):
-                inner = hyperparams | dict(x.hyperparams)
-                search(x.inner_state, f"{place}.inner_state", inner)
-
-    search(opt_state, "opt_state", {})
-    if not found:
-        raise ValueError(
-            "opt_state holds no ScaleByAdamodState; it is made of "
-            f"{', '.join(seen) or type(opt_state).__name__}."
-        )
-    if len(found) > 1:
-        raise ValueError(
-            f"opt_state holds {len(found)} AdaMod states, each with arguments of its "
-            f"own: pass one of {', '.join(found)}."
-        )
-    ((state, hyperparams),) = found.values()
-    return state, hyperparams
-
-
-def _typed(x: Any) -> Any:
-    """Returns the state whose fields a mapping has, as in ``nnx.state(optimizer)``.
-
-    Without a bound the fields would be those of Adam's state too.
-    """
-    for state in (ScaleByAdamodState, *INJECTED):
-        if isinstance(x, Mapping) and set(x) == set(state._fields):
-            return state(**{name: x[name] for name in state._fields})
-    return x
-
-
-def _settings(kept: dict[str, Any], **given: Any) -> dict[str, Any]:
+def _given_or_kept(kept: dict[str, Any], **given: Any) -> dict[str, Any]:
     """Returns what is given, what the state holds, or the optimizer's default."""
     if "bound_learning_rate" in kept:
         kept = kept | {"learning_rate": kept["bound_learning_rate"]}
@@ -304,18 +253,18 @@ def _differ(given: Any, kept: Any) -> bool:
 
 
 @jax.jit
-def _leaf_rates(eta, nu, bound):
-    stored = _storage.Averages(None, nu, bound)
-    _, v, s = stored.load([eta.numerator.dtype] * 3)
-    adaptive = jnp.where(v > 0, eta(v), jnp.nan)
+def _leaf_rates(step, nu, bound):
+    stored = Averages(None, nu, bound)
+    _, v, s = stored.load([step.dtype] * 3, step.m_per_root_v)
+    adaptive = jnp.where(v > 0, step.eta(v), jnp.nan)
     if s is None:
         return adaptive, adaptive
     rate = jnp.minimum(jnp.abs(adaptive), jnp.abs(s))
-    return adaptive, jnp.where(eta.numerator < 0, -rate, rate)
+    return adaptive, jnp.where(step.eta.numerator < 0, -rate, rate)
 
 
 @jax.jit
-def _held(adaptive, bounded):
+def _share_and_factor(adaptive, bounded):
     """Returns the share and the mean factor of one leaf."""
     adaptive, bounded = jnp.abs(adaptive), jnp.abs(bounded)
     held = bounded < adaptive

@@ -177,16 +177,16 @@ def nearest(x: jax.Array, signed: bool, v: jax.Array | None = None) -> Float8Arr
     v = v if v is None else grouped(v)
     is_bad = ~jnp.isfinite(x) if signed else ~jnp.isfinite(x) | (x < 0)
 
-    def coded(shared):
-        codes = encode(x, shared, np.int32(2 ** (SHIFT - 1)), signed)
-        return from_groups(codes, shared, signed)
+    def coded(exponents):
+        codes = encode(x, exponents, np.int32(2 ** (SHIFT - 1)), signed)
+        return from_groups(codes, exponents, signed)
 
-    shared = shared_exponents(jnp.max(key(x, v), axis=-1, keepdims=True), signed)
+    exponents = exponents_of(jnp.max(key(x, v), axis=-1, keepdims=True), signed)
     # Codes stay what they were, though the largest may have been rounded down to where
     # a smaller exponent would do.
-    stays = grouped(numbers(coded(shared + 1))) == x
-    shared += stays.all(-1, keepdims=True)
-    return coded(jnp.where(is_bad.any(-1, keepdims=True), ALL_NAN, shared))
+    stays = grouped(numbers(coded(exponents + 1))) == x
+    exponents += stays.all(-1, keepdims=True)
+    return coded(jnp.where(is_bad.any(-1, keepdims=True), ALL_NAN, exponents))
 
 
 def smallest(x: Float8Array) -> jax.Array:
@@ -222,7 +222,7 @@ def key(x: jax.Array, v: jax.Array | None = None) -> jax.Array:
     return magnitudes(x) | asleep
 
 
-def shared_exponents(largest: jax.Array, signed: bool) -> jax.Array:
+def exponents_of(largest: jax.Array, signed: bool) -> jax.Array:
     """Returns the exponents of groups, of the largest of their magnitudes."""
     last, limit = (127, LARGEST_SIGNED) if signed else (255, LARGEST_UNSIGNED)
     largest &= ~SIGN
@@ -246,7 +246,7 @@ def encode(
 
     Args:
       x: float32 numbers.
-      exponents: What :func:`shared_exponents` makes of them.
+      exponents: What :func:`exponents_of` makes of them.
       bits: int32 below ``2**SHIFT``: random for stochastic rounding, half of it for
         rounding to the nearest.
       signed: Whether codes have a sign.

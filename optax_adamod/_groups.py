@@ -39,7 +39,7 @@ def advanced(
         jnp.max(_float8.key(x, new[1] if i == 2 else None), axis=-1, keepdims=True)
         for i, x in enumerate(new)
     )
-    exponents = [*map(_float8.shared_exponents, largest, SIGNS)]
+    exponents = [*map(_float8.exponents_of, largest, SIGNS)]
     integers = (x.astype(jnp.int32) for x in bits)
     return [*map(_float8.encode, new, exponents, integers, SIGNS)], exponents
 

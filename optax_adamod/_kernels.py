@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AxisType
 
 from optax_adamod import _mosaic, _triton
@@ -56,9 +54,8 @@ def update(
 
     def on_gpu(step, seed, g, stored, *, interpret=False):
         stored = _triton.advance(step, seed, g, stored, interpret=interpret)
-        numbers = stored.load((np.dtype(np.float32),) * 3)
-        update = step.update(g.astype(jnp.float32), *numbers)
-        return update.astype(g.dtype), stored
+        numbers = stored.load([step.dtype] * 3, step.m_per_root_v)
+        return step.update(g, *numbers), stored
 
     forms = dict(default=flat(xla))
     native = dict(gpu="cuda", tpu="tpu")

@@ -1,12 +1,13 @@
 """Updates that parameters in bfloat16 can follow."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optax_adamod import _checks, _storage
+from optax_adamod import _storage
+from optax_adamod._settings import brief, dtype_of
 from optax_adamod._storage import Seed
 
 
@@ -73,7 +74,7 @@ def round_updates_stochastically() -> optax.GradientTransformationExtraArgs:
 
     def init_fn(params):
         for path, p in jax.tree_util.tree_leaves_with_path(params):
-            _checks.rounded(path, p)
+            _is_rounded(path, p)
         return RoundUpdatesStochasticallyState(count=jnp.zeros([], jnp.int32))
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -101,8 +102,8 @@ def round_updates_stochastically() -> optax.GradientTransformationExtraArgs:
 def _rounded(u, p, words, path):
     if u is None:  # so p may be anything, such as a function of an Equinox model
         return u
-    _checks.summand(path, u, p)
-    if not _checks.rounded(path, p):
+    _check_summand(path, u, p)
+    if not _is_rounded(path, p):
         return u
     # Salted, so that parameters and averages of one leaf round by bits of their own.
     return _round_sum(u, p, (words, Seed.of_leaf(path, "params")))
@@ -118,3 +119,33 @@ def _round_sum(u, p, seed):
     wide = p.astype(jnp.float32)
     rounded = _storage.stochastic_round(wide + u.astype(jnp.float32), bits)
     return (rounded.astype(jnp.float32) - wide).astype(p.dtype)
+
+
+def _is_rounded(path: Any, p: Any) -> bool:
+    """Returns whether sums with a parameter are rounded; refuses other narrow ones."""
+    dtype = dtype_of(p)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        return False
+    if dtype != jnp.bfloat16 and jnp.finfo(dtype).bits < 32:
+        raise TypeError(
+            f"the parameter at params{jax.tree_util.keystr(path)} is {dtype}; "
+            "round_updates_stochastically rounds sums with bfloat16 parameters, "
+            "and leaves wider ones alone. Use bfloat16, or leave such parameters "
+            "out with optax.masked."
+        )
+    return dtype == jnp.bfloat16
+
+
+def _check_summand(path: Any, u: Any, p: Any) -> None:
+    """Refuses an update that has no parameter, or would broadcast to it."""
+    where = jax.tree_util.keystr(path)
+    if dtype_of(p) is None:
+        raise TypeError(
+            f"there is an update at updates{where}, and params{where} is {brief(p)}, "
+            f"of type {type(p).__name__}. Pass None as the update of what is no array."
+        )
+    if jnp.shape(u) != jnp.shape(p):
+        raise ValueError(
+            f"the update at updates{where} has shape {jnp.shape(u)}, and its parameter "
+            f"{jnp.shape(p)}."
+        )

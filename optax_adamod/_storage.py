@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -39,52 +39,59 @@ class Averages(NamedTuple):
         """Whether all are in 8 bits."""
         return all(isinstance(x, Float8Array) for x in self if x is not None)
 
-    def load(self, dtypes: Sequence[np.dtype]) -> tuple[Any, ...]:
-        """Returns the numbers, in the dtypes."""
-        return tuple(
-            None if x is None else _load(x).astype(dtype)
-            for x, dtype in zip(self, dtypes, strict=True)
-        )
+    @property
+    def any_float8(self) -> bool:
+        """Whether some are in 8 bits."""
+        return any(isinstance(x, Float8Array) for x in self)
 
-    def store(
-        self, averages: Callable[[jax.Array], Sequence[Any]], g: jax.Array, seed: "Seed"
-    ) -> tuple["Averages", tuple[Any, ...]]:
-        """Stores new averages as the old were; returns what is loaded from that too.
+    def load(
+        self, dtypes: Sequence[np.dtype], m_per_root_v: jax.Array
+    ) -> tuple[Any, ...]:
+        """Returns the numbers, in the dtypes; m within what it can be beside v.
 
         Args:
-          averages: Returns the new numbers, of the gradients.
-          g: The gradients.
+          dtypes: One for each average.
+          m_per_root_v: The largest ratio of m to the root of v that there can be.
+        """
+        numbers: Sequence[Any] = [
+            None if x is None else _load(x).astype(dtype)
+            for x, dtype in zip(self, dtypes, strict=True)
+        ]
+        m, v, s = numbers
+        if isinstance(self.mu, Float8Array) and not isinstance(self.nu, Float8Array):
+            # The smallest code of a group may be far more than a coordinate's v allows.
+            # Only a unit of its rounding is taken, for b1 and b2 may have changed.
+            least = jnp.abs(m) - _float8.smallest(self.mu)
+            limit = jnp.maximum(m_per_root_v * jnp.sqrt(v), least)
+            m = as_identity(m, jnp.clip(m, -limit, limit))
+        return m, v, s
+
+    def store(
+        self, numbers: Sequence[Any], exponents: Sequence[Any], seed: "Seed"
+    ) -> "Averages":
+        """Returns new numbers, stored as the old are.
+
+        Args:
+          numbers: The new numbers.
+          exponents: Those of groups, from :meth:`exponents_of`.
           seed: From which random bits for rounding follow.
         """
-        narrow = [isinstance(x, Float8Array) for x in self]
-        shared: tuple[Any, ...] = None, None, None
-        if any(narrow):
-            # A group's largest number determines its codes. The barriers have XLA
-            # compute the averages twice, instead of writing them to memory between the
-            # two, which takes longer on CPU.
-            first = averages(jax.lax.optimization_barrier(g))
-            shared = jax.lax.optimization_barrier(self._shared_exponents(first))
-        numbers = averages(g)
         bits: tuple[Any, ...] = None, None, None
         if any(map(_is_rounded, self)):
             x = jax.typeof(numbers[0])
-            many = 20 if any(narrow) else 16
+            many = 20 if self.any_float8 else 16
             bits = random_bits(x.shape, seed, many, sharding=x.sharding)
         stored = Averages(
             *(
                 old if old is None else _store(x, old, e, b)
-                for x, old, e, b in zip(numbers, self, shared, bits, strict=True)
+                for x, old, e, b in zip(numbers, self, exponents, bits, strict=True)
             )
         )
-        if any(narrow):  # the update reads the codes, and nothing is encoded for it
+        if self.any_float8:  # the update reads the codes, and nothing is encoded for it
             stored = jax.lax.optimization_barrier(stored)
-        loaded = tuple(
-            x if x is None else as_identity(x, _load(new).astype(x.dtype))
-            for x, new in zip(numbers, stored, strict=True)
-        )
-        return stored, loaded
+        return stored
 
-    def _shared_exponents(self, numbers: Sequence[Any]) -> tuple[Any, ...]:
+    def exponents_of(self, numbers: Sequence[Any]) -> tuple[Any, ...]:
         """Returns the exponents of new numbers in 8 bits, None for the others."""
         narrow = [isinstance(old, Float8Array) for old in self]
         with_v = zip(numbers, (None, None, numbers[1]), strict=True)
@@ -101,7 +108,7 @@ class Averages(NamedTuple):
         )
         found = iter(largest)
         return tuple(
-            _float8.shared_exponents(next(found)[..., None], old.signed) if x else None
+            _float8.exponents_of(next(found)[..., None], old.signed) if x else None
             for old, x in zip(self, narrow, strict=True)
         )
 
@@ -110,12 +117,12 @@ def _load(stored: Stored) -> jax.Array:
     return _float8.numbers(stored) if isinstance(stored, Float8Array) else stored
 
 
-def _store(x: jax.Array, old: Stored, shared: Any, bits: Any) -> Stored:
+def _store(x: jax.Array, old: Stored, exponents: Any, bits: Any) -> Stored:
     if isinstance(old, Float8Array):
         members = _float8.grouped(x.astype(jnp.float32))
         random = _float8.grouped(bits.astype(jnp.int32))
-        codes = _float8.encode(members, shared, random, old.signed)
-        return _float8.from_groups(codes, shared, old.signed)
+        codes = _float8.encode(members, exponents, random, old.signed)
+        return _float8.from_groups(codes, exponents, old.signed)
     if old.dtype == jnp.bfloat16:
         rounded = stochastic_round(x, bits & _u32(0xFFFF))
         # True but for NaN, which stays so. Keep this `where` last: it stops XLA on CPU

@@ -351,7 +351,7 @@ def test_several_states_or_none():
         {"fast": adamod(0.1), "slow": adamod(0.01)}, {"w": "fast", "b": "slow"}
     )
     _, state = follow(tx)
-    with pytest.raises(ValueError, match="holds 2 AdaMod states") as error:
+    with pytest.raises(ValueError, match="one ScaleByAdamodState, and holds 2: pass one of") as error:
         learning_rates(state, 0.1)
     paths = re.findall(r"opt_state[^ ,]*\[0\](?=[,.]|$)", str(error.value))
     assert len(paths) == 2

@@ -26,7 +26,7 @@ def codes_of(group, bits, signed=False):
     x = jnp.broadcast_to(jnp.asarray(group, jnp.float32), (len(bits), 1, 128))
     bits = jnp.asarray(bits, jnp.int32)[:, None, None]
     largest = jnp.max(_float8.magnitudes(x), axis=-1, keepdims=True)
-    shared = _float8.shared_exponents(largest, signed)
+    shared = _float8.exponents_of(largest, signed)
     codes = _float8.encode(x, shared, bits, signed)
     return _float8.from_groups(codes, shared, signed).dequantize()
 

@@ -281,7 +281,7 @@ def test_parameters_that_are_a_dataclass():
         (
             jax.vmap(optax.adam(0.1).init)(jnp.ones((3, 2))),
             adamod(0.1).init(jnp.ones((3, 2))),
-            "adam_state is a stack of states: convert it under jax.vmap",
+            r"adam_state is a stack of \(3,\) states: call this function under jax.vmap",
         ),
     ],
     ids=["of SGD", "several", "swapped", "structure", "shape", "complex", "stack"],
