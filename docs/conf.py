@@ -25,6 +25,7 @@ if os.environ.get("ONLINE"):
         "optax": ("https://optax.readthedocs.io/en/latest/", None),
     }
 
+autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "none"  # Args says it, in words
 add_module_names = False
 python_maximum_signature_line_length = 80
