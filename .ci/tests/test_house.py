@@ -85,3 +85,9 @@ def test_experiments_stand_on_floors():
 def test_at_the_top_are_programs_alone(room):
     found = set((ROOT / room).glob("*.py"))
     assert found - {*programs().values()} == {ROOT / room / "__init__.py"}
+
+
+def test_contributors_find_every_module():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    for path in (ROOT / "optax_adamod").glob("_[a-z]*.py"):
+        assert f"`{path.name}`" in text, path
