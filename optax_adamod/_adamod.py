@@ -7,7 +7,7 @@ and Xu Sun.
 """
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from optax_adamod._arithmetic import (
     largest_momentum,
 )
 from optax_adamod._settings import Convention, Hyperparameters
-from optax_adamod._storage import Averages, Seed, as_identity, zeros_like
+from optax_adamod._storage import Averages, Seed, as_identity, real_dtype, zeros_like
 
 
 class ScaleByAdamodState(NamedTuple):
@@ -120,6 +120,7 @@ def _update_leaf(step, seed, g, stored, form):
 
 
 def _in_xla(step, seed, g, stored):
+    """As :func:`_update_leaf`, in XLA alone."""
     dtypes = jnp.result_type(g, step.dtype), step.dtype, step.dtype
     old = stored.load(dtypes, step.m_per_root_v)
     exponents = (None, None, None)
@@ -134,25 +135,6 @@ def _in_xla(step, seed, g, stored):
     # The update uses what is stored, so that the state shows which rates it used.
     numbers = stored.load(dtypes, step.m_per_root_v)
     return step.update(g, *jax.tree.map(as_identity, new, numbers)), stored
-
-
-def real_dtype(*values: Any) -> np.dtype:
-    """Returns the real dtype for arithmetic on ``values``: theirs, or float32."""
-    wide = (x for x in values if not isinstance(x, _float8.Float8Array))
-    bits = (jnp.finfo(jnp.result_type(x)).bits for x in wide if x is not None)
-    bits = max(bits, default=32)
-    return np.dtype(np.float64 if bits == 64 else np.float32)
-
-
-def _mu_dtype(
-    param: Any, mu_dtype: np.dtype | Literal["float8"] | None
-) -> np.dtype | Literal["float8"]:
-    dtype = jnp.result_type(param)
-    if mu_dtype is None:
-        return dtype
-    if mu_dtype != "float8" and jnp.issubdtype(dtype, jnp.complexfloating):
-        return np.result_type(mu_dtype, np.complex64)
-    return mu_dtype
 
 
 def scale_by_adamod(
@@ -267,20 +249,13 @@ def scale_by_adamod(
     def init_fn(params):
         _checks.parameters(params, dtypes)
 
-        def zeros(dtype_of, *, signed=False):
-            return jax.tree.map(
-                lambda p: zeros_like(p, dtype_of(p), signed=signed), params
-            )
-
-        def or_real(dtype):
-            return lambda p: real_dtype(p) if dtype is None else dtype
-
-        return ScaleByAdamodState(
-            count=jnp.zeros([], jnp.int32),
-            mu=zeros(lambda p: _mu_dtype(p, dtypes["mu"]), signed=True),
-            nu=zeros(or_real(dtypes["nu"])),
-            bound=zeros(or_real(dtypes["bound"])) if hyperparameters.bounded else None,
-        )
+        zeros = {
+            field: jax.tree.map(functools.partial(zeros_like, field, dtype), params)
+            for field, dtype in dtypes.items()
+        }
+        if not hyperparameters.bounded:
+            zeros["bound"] = None
+        return ScaleByAdamodState(count=jnp.zeros([], jnp.int32), **zeros)
 
     def update_fn(updates, state, params=None):
         _checks.state_of_adamod(state, hyperparameters.bounded)

@@ -14,12 +14,11 @@ from optax_adamod import _find, _settings
 from optax_adamod._adamod import (
     ScaleByAdamodState,
     Step,
-    real_dtype,
     scale_by_adamod,
 )
 from optax_adamod._float8 import as_float8, is_float8
 from optax_adamod._settings import Convention, Hyperparameters
-from optax_adamod._storage import Averages
+from optax_adamod._storage import Averages, real_dtype
 
 
 class LearningRates(NamedTuple):

@@ -21,7 +21,7 @@ class Hyperparameters(NamedTuple):
     b3: float | jax.Array
     eps: float | jax.Array
     eps_root: float | jax.Array
-    convention: Convention
+    convention: str
     nesterov: bool
 
     @property
@@ -41,7 +41,7 @@ class Hyperparameters(NamedTuple):
         nesterov: bool = False,
     ) -> "Hyperparameters":
         """Refuses what is out of its range; traced numbers pass."""
-        accepted: tuple[Any, ...] = get_args(Convention)
+        accepted = get_args(Convention)
         if not isinstance(convention, str) or convention not in accepted:
             raise ValueError(
                 f"convention must be one of {', '.join(map(repr, accepted))}, got "

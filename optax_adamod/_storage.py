@@ -152,18 +152,37 @@ def _as_identity_jvp(primals, tangents):
     return as_identity(*primals), tangents[0]
 
 
+def real_dtype(*values: Any) -> np.dtype:
+    """Returns the real dtype for arithmetic on ``values``: theirs, or float32."""
+    wide = (x for x in values if not isinstance(x, Float8Array))
+    bits = (jnp.finfo(jnp.result_type(x)).bits for x in wide if x is not None)
+    return np.dtype(np.float64 if max(bits, default=32) == 64 else np.float32)
+
+
 def zeros_like(
-    param: Any, dtype: np.dtype | Literal["float8"], *, signed: bool
+    field: str, dtype: np.dtype | Literal["float8"] | None, param: Any
 ) -> Stored:
-    """Returns zeros in the shards of ``param``, and in its kind of memory."""
+    """Returns an average of zeros in the shards and kind of memory of ``param``.
+
+    Args:
+      field: Which of the averages it is.
+      dtype: Its dtype, None for that of the parameter, real if the average is.
+      param: The parameter.
+    """
     shape = jnp.shape(param)
-    if dtype != "float8":
-        return _zeros(param, dtype, shape)
-    if not _float8.is_narrowed(shape):
-        return _zeros(param, np.dtype(np.float32), shape)
-    codes = _zeros(param, _float8.code_dtype(signed), shape)
-    shape = _float8.exponents_shape(shape)
-    return Float8Array(codes, _zeros(param, np.dtype(np.uint8), shape))
+    if dtype == "float8":
+        if _float8.is_narrowed(shape):
+            codes = _zeros(param, _float8.code_dtype(field == "mu"), shape)
+            shape = _float8.exponents_shape(shape)
+            return Float8Array(codes, _zeros(param, np.dtype(np.uint8), shape))
+        dtype = np.dtype(np.float32)
+    elif field != "mu":
+        dtype = dtype or real_dtype(param)
+    elif dtype is None:
+        dtype = jnp.result_type(param)
+    elif jnp.iscomplexobj(param):
+        dtype = np.result_type(dtype, np.complex64)
+    return _zeros(param, dtype, shape)
 
 
 def _zeros(param: Any, dtype: np.dtype, shape: tuple[int, ...]) -> jax.Array:
