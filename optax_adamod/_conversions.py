@@ -28,10 +28,11 @@ def from_adam(adam_state: optax.OptState, state: optax.OptState) -> optax.OptSta
     Args:
       adam_state: A state that holds one of :func:`optax.scale_by_adam`, at any depth:
         of :func:`optax.adam`, of :func:`optax.adamw`, of a chain, or the
-        ``opt_state`` of a Flax ``nnx.Optimizer``. That of :func:`optax.adamax` or
-        :func:`optax.yogi` looks the same and means something else.
-      state: A fresh ``tx.init(params)``, where ``tx`` holds one AdaMod, or the
-        ``opt_state`` of the new ``nnx.Optimizer``.
+        ``opt_state`` or ``nnx.state`` of a Flax ``nnx.Optimizer``. That of
+        :func:`optax.adamax` or :func:`optax.yogi` looks the same and means something
+        else.
+      state: A fresh ``tx.init(params)``, where ``tx`` holds one AdaMod, or the same of
+        the new ``nnx.Optimizer``.
 
     Returns:
       ``state`` with copies of Adam's averages, in the dtypes and on the devices of
@@ -80,8 +81,9 @@ def from_adamod(adamod_state: optax.OptState, state: optax.OptState) -> optax.Op
     Args:
       adamod_state: A state that holds one of :func:`optax_adamod.scale_by_adamod`, at
         any depth, such as one that Orbax restored with the template of the old
-        optimizer.
-      state: A fresh ``tx.init(params)`` of the new optimizer.
+        optimizer, or ``nnx.state`` of a Flax ``nnx.Optimizer``.
+      state: A fresh ``tx.init(params)`` of the new optimizer, or the same of the new
+        ``nnx.Optimizer``.
 
     Returns:
       ``state`` with copies of the averages, in its own dtypes and on its own devices,
@@ -133,8 +135,8 @@ def from_torch(
         with the structure and the shapes of the JAX parameters. It may reorder numbers
         but must not change them.
       state: A fresh ``tx.init(params)``, where ``tx`` was made with
-        ``convention='torch'`` and PyTorch's hyperparameters, or the ``opt_state`` of a
-        Flax ``nnx.Optimizer``.
+        ``convention='torch'`` and PyTorch's hyperparameters, or the ``opt_state`` or
+        ``nnx.state`` of a Flax ``nnx.Optimizer``.
 
     Returns:
       ``state`` with the averages, in the dtypes and on the devices of ``state``, at
@@ -197,11 +199,7 @@ def _continued(
     }
 
     def at_step(path: str, x: Any) -> Any:
-        here = (
-            step
-            if isinstance(x, ScaleByAdamodState)
-            else steps.get((path, type(x)), step)
-        )
+        here = steps.get((path, type(x)), step)
         x = x._replace(count=_counted(here, x.count))
         if isinstance(x, ScaleByAdamodState):
             return x._replace(**new)
