@@ -35,21 +35,21 @@ class ScaleByAdamodState(NamedTuple):
     count: jax.typing.ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
     mu: optax.Updates  #: like the parameters, in their dtype or mu_dtype.
     nu: optax.Updates  #: like the parameters, real, float32 or wider, or nu_dtype.
-    #: like nu, or bound_dtype; in units of the learning rate. None where b3 is 0.
+    #: like nu, or bound_dtype; a learning rate, s_t. None where b3 is 0.
     bound: Any
 
 
 class Step(NamedTuple):
-    """Algorithm 1 at step t, for all leaves of one dtype."""
+    """Algorithm 1 at step t but for the factor -alpha_t, for leaves of one dtype."""
 
     average_g: Average  #: m_t, of m_{t-1} and g_t
     average_g2: Average  #: v_t, of v_{t-1} and |g_t|^2
     average_eta: Average  #: s_t, of s_{t-1} and eta_t
     eta: Rate  #: eta_t, of v_t
-    eta_per_alpha: Rate  #: eta_t / alpha_t, of v_t
+    eta_per_alpha: Rate  #: eta_t / alpha_t, of v_t, unmerged for XLA
     s_per_alpha: BoundPerAlpha  #: |s_t / alpha_t|, of s_t
     m_hat: Momentum  #: of m_t and g_t
-    m_per_root_v: jax.Array  #: the largest |m_t| / √v_t that there can be
+    m_per_root_v: jax.Array  #: the largest |m_t| / √v_t, for averages in 8 bits
 
     def averages(self, g: jax.Array, m: jax.Array, v: jax.Array, s: Any) -> tuple:
         """Returns m_t, v_t and s_t, of g_t and the averages of the step before."""
@@ -97,7 +97,7 @@ class Step(NamedTuple):
             average_g2=Average.of(b2),
             average_eta=Average.of(b3),
             eta=eta_per_alpha._replace(numerator=alpha * eta_per_alpha.numerator),
-            eta_per_alpha=eta_per_alpha.respelled(),
+            eta_per_alpha=eta_per_alpha.unmerged(),
             s_per_alpha=BoundPerAlpha.of(alpha),
             m_hat=m_hat,
             m_per_root_v=largest_momentum(b1, b2, dtype),
@@ -112,7 +112,11 @@ class Step(NamedTuple):
 # A function of its own, so that leaves of one shape and dtype are traced once.
 @functools.partial(jax.jit, static_argnames="form")
 def _update_leaf(step, seed, g, stored, form):
-    """Returns the update of one leaf and its averages, as stored."""
+    """Returns the update of one leaf and its averages, as stored.
+
+    If all averages are in 8 bits, GPUs and TPUs have kernels for it. All else is XLA's.
+    ``form`` is None, but where tests force a kernel.
+    """
     seed = Seed.of(*seed, g, stored)
     if stored.are_float8 and step.dtype == np.float32:
         return _kernels.update(_in_xla, form, step, seed, g, stored)

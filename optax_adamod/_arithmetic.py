@@ -55,7 +55,7 @@ class Rate(NamedTuple):
         root = jnp.sqrt(self.scale * v + self.eps_root)
         return jnp.divide(self.numerator, root + self.eps)
 
-    def respelled(self) -> "Rate":
+    def unmerged(self) -> "Rate":
         """Returns the same rate, with numerator and denominator scaled by 1/2.
 
         Scaling both leaves the rate unchanged but stops XLA on CPU from merging it with

@@ -1,4 +1,4 @@
-"""One pass over a leaf in 8 bits on GPUs and TPUs, and how it is partitioned.
+"""One pass over the averages of a leaf in 8 bits, on GPUs and TPUs, and who takes it.
 
 XLA would compute the averages twice, once for the exponents and once for the codes. A
 kernel reads codes and gradients once and writes new codes in the place of the old.
@@ -24,7 +24,7 @@ _forced: contextvars.ContextVar[Form | None] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def forced(form: Form) -> Iterator[None]:
-    """Updates by one form on every platform, where it is not native interpreted."""
+    """Updates by one form on every platform; kernels of others are interpreted."""
     token = _forced.set(form)
     try:
         yield

@@ -117,7 +117,11 @@ def _padded(rows: int, columns: int) -> int:
 
 
 def _kernel(h, words, starts, g, *refs, tree, transposed, lead, strides):
-    """Advances a block of averages and writes the update in the gradient's place."""
+    """Advances a block of averages and writes the update in the gradient's place.
+
+    ``h`` has the numbers of the step. The exponents of the averages share an int32, one
+    byte each: ``old`` has those of all groups of the block's rows, ``new`` gets them.
+    """
     from jax.experimental import pallas as pl
 
     n = (len(refs) - 3) // 4

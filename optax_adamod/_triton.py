@@ -59,7 +59,7 @@ def _indices(
     groups = (shape[-1] // GROUP,)
     row = _storage.linear_index(shape[:-1], rows, range(len(shape) - 1), jnp.uint32)
     column = jax.lax.broadcasted_iota(jnp.uint32, groups, 0, out_sharding=columns)
-    # What is no plain iota XLA writes once for all leaves.
+    # Complemented, so that XLA writes the rows once for all leaves, as it does no iota.
     return ~row, column * np.uint32(GROUP)
 
 
@@ -121,7 +121,7 @@ def _local(tree: Any, interpret: bool, *arrays: jax.Array) -> tuple[jax.Array, .
 
 
 def _kernel(h, words, leaf, rows, columns, g, *refs, tree, groups, per_row):
-    """Advances the averages of a block of groups."""
+    """Advances the averages of a block of groups; ``h`` has the numbers of the step."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
