@@ -7,7 +7,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
-from optax_adamod import scale_by_adamod
+from optax_adamod import adamodw
 
 images, labels = load_digits(return_X_y=True)
 images, test_images, labels, test_labels = train_test_split(
@@ -18,12 +18,7 @@ model = nnx.Sequential(
     nnx.Linear(64, 128, rngs=rngs), nnx.relu, nnx.Linear(128, 10, rngs=rngs)
 )
 schedule = optax.cosine_decay_schedule(3e-3, decay_steps=600)
-tx = optax.chain(
-    optax.clip_by_global_norm(1.0),
-    scale_by_adamod(b3=0.99, bound_learning_rate=schedule),  # the schedule twice:
-    optax.add_decayed_weights(1e-4),
-    optax.scale_by_learning_rate(schedule),  # in the bound, and on the update
-)
+tx = optax.chain(optax.clip_by_global_norm(1.0), adamodw(schedule, b3=0.99))
 optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
 

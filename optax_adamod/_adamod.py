@@ -22,7 +22,7 @@ from optax_adamod._arithmetic import (
     Rate,
     abs_sq,
     bias_correction,
-    largest_momentum,
+    largest_ratio,
 )
 from optax_adamod._settings import Convention, Hyperparameters
 from optax_adamod._storage import Averages, Seed, as_identity, real_dtype, zeros_like
@@ -40,16 +40,24 @@ class ScaleByAdamodState(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Algorithm 1 at step t but for the factor -alpha_t, for leaves of one dtype."""
+    """Algorithm 1 at step t, for leaves of one dtype.
 
-    average_g: Average  #: m_t, of m_{t-1} and g_t
-    average_g2: Average  #: v_t, of v_{t-1} and |g_t|^2
-    average_eta: Average  #: s_t, of s_{t-1} and eta_t
-    eta: Rate  #: eta_t, of v_t
-    eta_per_alpha: Rate  #: eta_t / alpha_t, of v_t, unmerged for XLA
-    s_per_alpha: BoundPerAlpha  #: |s_t / alpha_t|, of s_t
-    m_hat: Momentum  #: of m_t and g_t
-    m_per_root_v: jax.Array  #: the largest |m_t| / √v_t, for averages in 8 bits
+    m_t = b1 m_{t-1} + (1 - b1) g_t
+    v_t = b2 v_{t-1} + (1 - b2) |g_t|^2
+    eta_t = alpha_t / (sqrt(v_t / (1 - b2^t) + eps_root) + eps)
+    s_t = b3 s_{t-1} + (1 - b3) eta_t
+    update = min(eta_t, s_t) / alpha_t * m_t / (1 - b1^t)
+
+    The chain multiplies the update by -alpha_t.
+    """
+
+    average_g: Average  # m_t, of m_{t-1} and g_t
+    average_g2: Average  # v_t, of v_{t-1} and |g_t|^2
+    average_eta: Average  # s_t, of s_{t-1} and eta_t
+    eta: Rate  # eta_t, of v_t
+    eta_per_alpha: Rate  # eta_t / alpha_t, of v_t
+    s_per_alpha: BoundPerAlpha  # |s_t / alpha_t|, of s_t
+    m_hat: Momentum  # m_t / (1 - b1^t), of m_t and g_t
 
     def averages(self, g: jax.Array, m: jax.Array, v: jax.Array, s: Any) -> tuple:
         """Returns m_t, v_t and s_t, of g_t and the averages of the step before."""
@@ -62,10 +70,10 @@ class Step(NamedTuple):
 
     def update(self, g: jax.Array, m: jax.Array, v: jax.Array, s: Any) -> jax.Array:
         """Returns the update per unit of learning rate."""
-        rate = self.eta_per_alpha(v)
+        rate = self.eta_per_alpha.unmerged()(v)  # eta_t / alpha_t
         if s is not None:
-            rate = jnp.minimum(rate, self.s_per_alpha(s))  # min(η_t, s_t) / α_t
-        update = self.m_hat(m, g.astype(m.dtype), times=rate)  # · m̂_t
+            rate = jnp.minimum(rate, self.s_per_alpha(s))  # min(eta_t, s_t) / alpha_t
+        update = self.m_hat(m, g.astype(m.dtype), times=rate)
         return update.astype(g.dtype)
 
     @classmethod
@@ -73,9 +81,10 @@ class Step(NamedTuple):
         cls, count: Any, alpha: Any, hyperparameters: Hyperparameters, dtype: np.dtype
     ) -> "Step":
         """Returns step t = count, at which the learning rate is alpha."""
+        h = hyperparameters
         b1, b2, b3, eps, eps_root = (
             x if isinstance(x, float) else jnp.asarray(x, dtype)
-            for x in hyperparameters[:5]
+            for x in (h.b1, h.b2, h.b3, h.eps, h.eps_root)
         )
         alpha = jnp.asarray(alpha, dtype)
         t, next_t = (
@@ -83,24 +92,23 @@ class Step(NamedTuple):
         )
         m_correction = bias_correction(b1, t)  # 1 / (1 - b1^t)
         v_correction = bias_correction(b2, t)  # 1 / (1 - b2^t)
-        if hyperparameters.convention == "paper":
+        if h.convention == "paper":
             m_hat = Momentum(m_correction, None)
             eta_per_alpha = Rate(1.0, v_correction, eps, eps_root)
         else:  # both corrections are inside the rate
             m_hat = Momentum(1.0, None)
             corrections = m_correction * jax.lax.rsqrt(v_correction)
             eta_per_alpha = Rate(corrections, 1.0, eps, eps_root)
-        if hyperparameters.nesterov:
+        if h.nesterov:
             m_hat = Momentum(b1 * bias_correction(b1, next_t), (1 - b1) * m_correction)
         return cls(
             average_g=Average.of(b1),
             average_g2=Average.of(b2),
             average_eta=Average.of(b3),
             eta=eta_per_alpha._replace(numerator=alpha * eta_per_alpha.numerator),
-            eta_per_alpha=eta_per_alpha.unmerged(),
+            eta_per_alpha=eta_per_alpha,
             s_per_alpha=BoundPerAlpha.of(alpha),
             m_hat=m_hat,
-            m_per_root_v=largest_momentum(b1, b2, dtype),
         )
 
     @property
@@ -108,16 +116,21 @@ class Step(NamedTuple):
         """Dtype of the arithmetic."""
         return self.s_per_alpha.factor.dtype
 
+    @property
+    def m_per_root_v(self) -> jax.Array:
+        """The largest |m_t| / sqrt(v_t) that averages of gradients have."""
+        return largest_ratio(self.average_g, self.average_g2, self.dtype)
+
 
 # A function of its own, so that leaves of one shape and dtype are traced once.
 @functools.partial(jax.jit, static_argnames="form")
-def _update_leaf(step, seed, g, stored, form):
+def _update_leaf(step, words, leaf, g, stored, form):
     """Returns the update of one leaf and its averages, as stored.
 
     If all averages are in 8 bits, GPUs and TPUs have kernels for it. All else is XLA's.
     ``form`` is None, but where tests force a kernel.
     """
-    seed = Seed.of(*seed, g, stored)
+    seed = Seed.of(words, leaf, g, stored)
     if stored.are_float8 and step.dtype == np.float32:
         return _kernels.update(_in_xla, form, step, seed, g, stored)
     return _in_xla(step, seed, g, stored)
@@ -198,16 +211,8 @@ def scale_by_adamod(
       The corresponding :class:`optax.GradientTransformation`.
 
     Raises:
-      ValueError: If a number whose value is known is out of its range (a traced number
-        passes); if ``convention`` is unknown, or ``nesterov`` is combined with
-        ``convention='torch'``. From ``init``, if explicit mesh axes split groups of
-        'float8'. From ``update``, if structures or shapes of the updates
-        and the state differ, or the state is a stack of states.
-      TypeError: If an argument is not a number; if a decay rate or an epsilon is
-        an array of less than 32 bits, or an accumulator cannot have its dtype.
-        From ``init``, if a parameter is neither floating nor complex. From ``update``,
-        if a gradient and its parameter differ in kind, the state is not AdaMod's, or
-        its dtypes are not those of the settings.
+      ValueError: As :func:`optax_adamod.adamod`.
+      TypeError: As :func:`optax_adamod.adamod`.
 
     Examples:
       >>> import jax
@@ -246,29 +251,29 @@ def scale_by_adamod(
         b1, b2, b3, eps, eps_root, convention, nesterov
     )
     dtypes = _settings.state_dtypes(mu_dtype, nu_dtype, bound_dtype)
-    bound_learning_rate = _settings.bound_learning_rate(
-        bound_learning_rate, dtypes["bound"]
-    )
+    if not hyperparameters.bounded:
+        del dtypes["bound"]
+    in_float8 = dtypes.get("bound") == "float8"
+    bound_learning_rate = _settings.bound_learning_rate(bound_learning_rate, in_float8)
 
     def init_fn(params):
         _checks.parameters(params, dtypes)
 
-        zeros = {
+        averages = {
             field: jax.tree.map(functools.partial(zeros_like, field, dtype), params)
             for field, dtype in dtypes.items()
         }
-        if not hyperparameters.bounded:
-            zeros["bound"] = None
-        return ScaleByAdamodState(count=jnp.zeros([], jnp.int32), **zeros)
+        count = jnp.zeros([], jnp.int32)
+        return ScaleByAdamodState(count, **{"bound": None, **averages})
 
     def update_fn(updates, state, params=None):
         _checks.state_of_adamod(state, hyperparameters.bounded)
         count = optax.safe_increment(state.count)
         words = Seed.of_step(count)
         alpha = _settings.at_count(bound_learning_rate, state.count)
-        if dtypes["bound"] == "float8":  # which has no sign
+        if in_float8:  # which has no sign
             alpha = jnp.where(jnp.asarray(alpha) < 0, jnp.nan, alpha)
-        step = functools.cache(
+        step_in = functools.cache(
             functools.partial(Step.at, count, alpha, hyperparameters)
         )
 
@@ -279,19 +284,20 @@ def scale_by_adamod(
             _checks.gradient(path, g, stored)
             _checks.storage(path, p, stored, dtypes)
             return _update_leaf(
-                step(real_dtype(g, *stored)),
-                (words, Seed.of_leaf(path)),
+                step_in(real_dtype(g, *stored)),
+                words,
+                Seed.of_leaf(path),
                 jnp.asarray(g),
                 stored,
-                _kernels.form(),
+                _kernels.forced_form(),
             )
 
         gradients, treedef = jax.tree_util.tree_flatten_with_path(
             updates, is_leaf=lambda x: x is None
         )
-        averages = [
+        columns = [
             _checks.like_updates(gradients, treedef, field, getattr(state, field))
-            if field != "bound" or hyperparameters.bounded
+            if field in dtypes
             else [None] * len(gradients)
             for field in Averages._fields
         ]
@@ -302,20 +308,16 @@ def scale_by_adamod(
         # Widening is intended here, even if the user's code forbids it.
         with jax.numpy_dtype_promotion("standard"):
             leaves = [
-                update_leaf(path, g, p, *stored)
-                for (path, g), p, *stored in zip(
-                    gradients, params, *averages, strict=True
+                update_leaf(path, g, p, *averages)
+                for (path, g), p, *averages in zip(
+                    gradients, params, *columns, strict=True
                 )
             ]
-        mu, nu, bound = (
-            treedef.unflatten([getattr(stored, field) for _, stored in leaves])
-            for field in Averages._fields
-        )
-        return treedef.unflatten([update for update, _ in leaves]), ScaleByAdamodState(
-            count=count,
-            mu=mu,
-            nu=nu,
-            bound=bound if hyperparameters.bounded else None,
-        )
+        averages = {
+            field: treedef.unflatten([getattr(stored, field) for _, stored in leaves])
+            for field in dtypes
+        }
+        updates = treedef.unflatten([update for update, _ in leaves])
+        return updates, ScaleByAdamodState(count, **{"bound": None, **averages})
 
     return optax.GradientTransformation(init_fn, update_fn)

@@ -52,9 +52,8 @@ def adamod(
     With :math:`\beta_3 = 0` this is Adam, whose state holds no bound. The bound
     :math:`s_t` has no bias correction. It averages :math:`\alpha_t` too, so under a
     schedule it remembers the learning rates of about the last :math:`1/(1-\beta_3)`
-    steps.
-    Where :math:`\alpha_t` is negative, so is :math:`\eta_t`; the bound then acts on
-    magnitudes, :math:`\operatorname{sign}(\alpha_t) \min(|\eta_t|, |s_t|)`.
+    steps. Where :math:`\alpha_t` is negative, so is :math:`\eta_t`; the bound then
+    acts on magnitudes, :math:`\operatorname{sign}(\alpha_t) \min(|\eta_t|, |s_t|)`.
 
     With ``nesterov=True``, as in :func:`optax.adam`,
 
@@ -75,27 +74,10 @@ def adamod(
         u_t &\leftarrow -\min(\eta_t, s_t) \cdot m_t.
       \end{align*}
 
-    AdaMod rounds averages in bfloat16 and in 8 bits stochastically. Rounded to nearest,
-    they would stop at a fraction of their value, where a step is less than half their
-    spacing. The random bits are a hash of step, leaf and coordinate, the same on every
-    sharding and after a restart. Shards inside ``shard_map`` and members inside
-    ``vmap`` have bits of their own, and replicas have the same.
-
-    An average in 8 bits, ``'float8'``, is an :class:`optax_adamod.Float8Array`: codes
-    of which 128 neighbours of the last dimension share an exponent. Parameters whose
-    last dimension is no multiple of 128 keep the average in float32, and so do vectors
-    of fewer than 65,536 numbers. Keep shards of the last dimension multiples of 128
-    too, or the update communicates (under explicit mesh axes ``init`` refuses such
-    shards). Final losses of a Post-LN Transformer, mean and range of 3 seeds (``python
-    -m experiments.low_precision --task text``):
-
-    ==================================  =================  ======================
-    averages                            bytes/parameter    final loss, nats
-    ==================================  =================  ======================
-    float32                             12                 1.625 (1.614 to 1.636)
-    bfloat16                            6                  1.627 (1.621 to 1.631)
-    8 bits                              3.02               1.630 (1.614 to 1.642)
-    ==================================  =================  ======================
+    AdaMod rounds averages in bfloat16 and in 8 bits stochastically. An average in 8
+    bits, ``'float8'``, is an :class:`optax_adamod.Float8Array` where the last dimension
+    of the parameter is a multiple of 128. The page on memory says which other
+    parameters have none, and what each dtype costs.
 
     Args:
       learning_rate: A scalar, or a schedule from the step count to one; in parameter
@@ -128,8 +110,9 @@ def adamod(
     Raises:
       ValueError: If a number whose value is known is out of its range (a traced number
         passes); if ``convention`` is unknown, or ``nesterov`` is combined with
-        ``convention='torch'``. From ``update``, if structures or shapes of the updates
-        and the state differ, or the state is a stack of states.
+        ``convention='torch'``. From ``init``, if explicit mesh axes split groups of
+        'float8'. From ``update``, if structures or shapes of the updates and the state
+        differ, or the state is a stack of states.
       TypeError: If an argument is not a number; if a decay rate or an epsilon is
         an array of less than 32 bits, or an accumulator cannot have its dtype.
         From ``init``, if a parameter is neither floating nor complex. From ``update``,
@@ -258,15 +241,8 @@ def adamodw(
       The corresponding :class:`optax.GradientTransformationExtraArgs`.
 
     Raises:
-      ValueError: If a number whose value is known is out of its range (a traced number
-        passes); if ``convention`` is unknown, or ``nesterov`` is combined with
-        ``convention='torch'``. From ``update``, if structures or shapes of the updates
-        and the state differ, or the state is a stack of states.
-      TypeError: If an argument is not a number; if a decay rate or an epsilon is
-        an array of less than 32 bits, or an accumulator cannot have its dtype.
-        From ``init``, if a parameter is neither floating nor complex. From ``update``,
-        if a gradient and its parameter differ in kind, the state is not AdaMod's, or
-        its dtypes are not those of the settings.
+      ValueError: As :func:`optax_adamod.adamod`.
+      TypeError: As :func:`optax_adamod.adamod`.
 
     Examples:
       >>> import jax

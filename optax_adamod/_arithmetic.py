@@ -109,17 +109,18 @@ class Momentum(NamedTuple):
         return update
 
 
-def largest_momentum(
-    b1: float | jax.Array, b2: float | jax.Array, dtype: np.dtype
+def largest_ratio(
+    average_g: Average, average_g2: Average, dtype: np.dtype
 ) -> jax.Array:
     """Returns c of ``|m_t| <= c √v_t``, by Cauchy and Schwarz.
 
     Where there is none, it is the largest number times which a root is finite.
     """
-    gap = jnp.asarray(b2 - b1 * b1, dtype)
-    square = b2 / ((1 - b2) * jnp.where(gap > 0, gap, 1))
+    a, b = (jnp.asarray(x.gain, dtype) for x in (average_g, average_g2))
+    gap = 2 * a - a * a - b  # b2 - b1^2
+    square = (1 - b) / (b * jnp.where(gap > 0, gap, 1))
     largest = jnp.sqrt(jnp.finfo(dtype).max)
-    return jnp.where(gap > 0, (1 - b1) * jnp.sqrt(square), largest).astype(dtype)
+    return jnp.where(gap > 0, a * jnp.sqrt(square), largest)
 
 
 def abs_sq(g: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from optax_adamod._float8 import (
     GROUP,
@@ -71,10 +72,12 @@ def _shard_shape(x: Any) -> tuple[int, ...]:
 def state_of_adamod(state: Any, bounded: bool) -> None:
     """Refuses the state of another optimizer, such as Adam's from a checkpoint."""
     if not all(hasattr(state, name) for name in ("count", "mu", "nu", "bound")):
+        way_out = "Pass update the updates first, and then what init returned."
+        if isinstance(state, optax.ScaleByAdamState):
+            way_out = "Turn it into one with optax_adamod.from_adam."
         raise TypeError(
             "the state must be a ScaleByAdamodState, with count, mu, nu and bound, got "
-            f"{type(state).__name__}. That of optax.adam lacks the bound: turn it into "
-            "this one with optax_adamod.from_adam."
+            f"{type(state).__name__}. {way_out}"
         )
     if bounded and state.bound is None and state.mu is not None:
         raise ValueError(
@@ -104,24 +107,47 @@ def like_updates(
       field: Which of the averages it is.
       average: The average.
     """
-    leaves, problem = [], None
     try:
         leaves = treedef.flatten_up_to(average)
-    except ValueError as error:
-        problem = str(error)
-    else:
-        for (path, g), leaf in zip(gradients, leaves, strict=True):
+        alike = all(
             # None is a missing gradient, unless it is the whole tree.
-            missing = g is None and (bool(path) or leaf is None)
-            is_array = is_float8(leaf) or jax.tree_util.all_leaves([leaf])
-            if not missing and not is_array:
-                problem = f"updates{jax.tree_util.keystr(path)} is one array"
-    if problem is not None:
+            (g is None and (bool(path) or leaf is None))
+            or is_float8(leaf)
+            or jax.tree_util.all_leaves([leaf])
+            for (path, g), leaf in zip(gradients, leaves, strict=True)
+        )
+    except ValueError:
+        leaves, alike = [], False
+    if not alike:
+        updates = treedef.unflatten([g for _, g in gradients])
         raise ValueError(
-            f"the updates and the state's {field} differ in structure: {problem}\n"
-            f"updates: {treedef}\n{field}: {jax.tree.structure(average)}"
+            f"the updates and the state's {field} differ in structure: "
+            f"{difference('the updates', updates, field, average)}."
         )
     return leaves
+
+
+def difference(name: str, tree: Any, other_name: str, other: Any) -> str:
+    """Says which leaves two trees have alone, or else of what types they are."""
+    trees = {name: tree, other_name: other}
+    paths = {
+        key: {
+            jax.tree_util.keystr(path)
+            for path, _ in jax.tree_util.tree_leaves_with_path(
+                x, is_leaf=lambda x: x is None or is_float8(x)
+            )
+        }
+        for key, x in trees.items()
+    }
+    said = []
+    for key, own in paths.items():
+        alone = sorted(own - set.intersection(*paths.values()))
+        if alone:
+            more = f" and {len(alone) - 1} more" if alone[1:] else ""
+            said.append(f"{alone[0] or 'one leaf'}{more} in {key} alone")
+    if not said:
+        said = [f"{key} is {brief(jax.tree.structure(x))}" for key, x in trees.items()]
+    return ", and ".join(said)
 
 
 def gradient(path: Any, g: Any, averages: Averages) -> None:
@@ -159,9 +185,9 @@ def storage(path: Any, p: Any, averages: Averages, dtypes: Mapping[str, Any]) ->
     dtype = dtype_of(p)
     known = dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
     for field, average in averages._asdict().items():
-        asked = dtypes[field]
         if average is None:
             continue
+        asked = dtypes[field]
         if isinstance(average, Float8Array):  # of any shape: shards may be short
             kept, wanted = "float8", asked or "the dtype of the parameter"
         elif asked == "float8":

@@ -1,5 +1,6 @@
 """The states of other optimizers, and in other storage, turned into AdaMod's."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -258,11 +259,19 @@ def _read(
         raise ValueError(
             f"the optimizer has {len(indices)} parameters, and names has {len(names)}."
         )
-    given = [name for group in groups for name in group.get("param_names", ())]
-    if given and given != list(names):
-        raise ValueError(f"the optimizer's names are {given}, got {list(names)}.")
+    given = [
+        name
+        for group in groups
+        for name in group.get("param_names", [None] * len(group["params"]))
+    ]
+    for ours, theirs in zip(names, given, strict=True):
+        if theirs not in (ours, None):
+            raise ValueError(f"names has {ours!r} where the optimizer has {theirs!r}.")
     if any(group.get("adam_debias") for group in groups):
-        raise ValueError("adam_debias=True corrects otherwise than optax_adamod does.")
+        raise ValueError(
+            "adam_debias=True is another bias correction, which optax_adamod does not "
+            "have."
+        )
 
     steps: dict[str, int] = {}
     averages: dict[str, dict[str, np.ndarray]] = {k: {} for k in _TORCH_NAMES.values()}
@@ -277,9 +286,14 @@ def _read(
                     f"{key} of {name!r} is complex; PyTorch's AdaMod treats real and "
                     "imaginary parts apart."
                 )
-    if len(set(steps.values())) != 1:
-        raise ValueError(f"all parameters must be at one step, and are at {steps}.")
-    return steps[names[0]], averages
+    step = steps[names[0]]
+    for name in names:
+        if steps[name] != step:
+            raise ValueError(
+                f"all parameters must be at one step, and {names[0]!r} is at {step}, "
+                f"{name!r} at {steps[name]}."
+            )
+    return step, averages
 
 
 def _step(name: str, step: Any) -> int:
@@ -304,12 +318,12 @@ def _check_keys(name: str, stored: Mapping[str, Any]) -> None:
             f"the state of {name!r} holds {sorted(stored)}, without exp_avg_lr: the "
             "optimizer is not AdaMod."
         )
-    missing = sorted(set(_TORCH_NAMES.values()) - set(stored))
-    unknown = sorted(set(stored) - {"step", *_TORCH_NAMES.values()})
-    if missing or unknown:
+    if missing := sorted(set(_TORCH_NAMES.values()) - set(stored)):
+        raise ValueError(f"the state of {name!r} lacks {', '.join(missing)}.")
+    if unknown := sorted(set(stored) - {"step", *_TORCH_NAMES.values()}):
         raise ValueError(
-            f"the state of {name!r} lacks {missing} and holds {unknown}, which AdaMod "
-            "does not know."
+            f"the state of {name!r} holds {', '.join(unknown)}, which AdaMod does not "
+            "know."
         )
 
 
@@ -329,11 +343,11 @@ def _like(
       name: What the user calls ``tree``.
       nu: For a bound, the average of squares that goes with it.
     """
-    fresh_treedef = jax.tree.structure(fresh, is_leaf=is_float8)
-    structures = jax.tree.structure(tree, is_leaf=is_float8), fresh_treedef
-    if structures[0] != structures[1]:
+    structure = functools.partial(jax.tree.structure, is_leaf=is_float8)
+    if structure(tree) != structure(fresh):
+        difference = _checks.difference(name, tree, "the parameters", fresh)
         raise ValueError(
-            f"{name} is {structures[0]}, and the parameters are {structures[1]}."
+            f"{name} and the parameters differ in structure: {difference}."
         )
 
     def convert(path: Any, old: Any, new: Any, v: Any = None) -> Any:
@@ -367,7 +381,8 @@ def _check_bound(name: str, placed: Float8Array, s: Any, v: Any) -> None:
     lost = jnp.sum(~kept & (v != 0) & ~jnp.isnan(s))
     if not isinstance(lost, jax.core.Tracer) and lost:
         raise ValueError(
-            f"{name} cannot be kept in 8 bits: {lost} of its bounds are negative, or "
-            "would more than double, for they are below 2**-34 of their group's "
-            "largest. Make the optimizer with bound_dtype='bfloat16'."
+            f"{name} cannot be kept in 8 bits: {lost} of its bounds would become NaN, "
+            "because one of their group is negative or NaN, or would more than double, "
+            "being below 2**-34 of their group's largest. Make the optimizer with "
+            "bound_dtype='bfloat16'."
         )

@@ -139,7 +139,7 @@ def learning_rates(
     hyperparameters = Hyperparameters.checked(**settings)
     (count,) = jax.tree.leaves(state.count)
     alpha = _settings.at_count(alpha, jnp.maximum(count - 1, 0))
-    step = functools.cache(functools.partial(Step.at, count, alpha, hyperparameters))
+    step_in = functools.cache(functools.partial(Step.at, count, alpha, hyperparameters))
 
     def leaves_of(average):
         leaves = jax.tree.leaves(average, is_leaf=is_float8)
@@ -150,7 +150,7 @@ def learning_rates(
     treedef = jax.tree.structure(state.nu, is_leaf=is_float8)
     with jax.numpy_dtype_promotion("standard"):
         rates = [
-            _leaf_rates(step(real_dtype(*averages)), *averages[1:])
+            _leaf_rates(step_in(real_dtype(*averages)), *averages[1:])
             for averages in zip(mu, nu, bound, strict=True)
         ]
     return LearningRates(*(treedef.unflatten([r[i] for r in rates]) for i in (0, 1)))

@@ -5,7 +5,7 @@ dimension of a block.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -33,7 +33,7 @@ def advanced(
       exponents: Theirs, which broadcast to the codes.
       bits: Three sets of random bits.
     """
-    old = [*map(_float8.decode, codes, exponents, SIGNS), None][:3]
+    old = three(map(_float8.decode, codes, exponents, SIGNS))
     new = [x for x in step.averages(g, *old) if x is not None]
     largest = (
         jnp.max(_float8.key(x, new[1] if i == 2 else None), axis=-1, keepdims=True)
@@ -48,10 +48,12 @@ def decoded(codes: Sequence[jax.Array], exponents: Sequence[jax.Array]) -> list[
     """Returns the numbers of new codes, None for a bound that there is not."""
     signed, *unsigned = codes
     extended = signed << 24 >> 24  # as a byte with a sign would be
-    numbers = map(
-        _float8.decode, (extended, *unsigned), exponents, (True, False, False)
-    )
-    return [*numbers, None][:3]
+    return three(map(_float8.decode, (extended, *unsigned), exponents, SIGNS))
+
+
+def three(averages: Iterable[Any]) -> list[Any]:
+    """Returns what there is of mu, nu and bound, with None for no bound."""
+    return [*averages, None][:3]
 
 
 def scalars(step: Any) -> jax.Array:
@@ -86,6 +88,11 @@ def axis_types(sharding: NamedSharding) -> tuple[AxisType, ...]:
     """Returns the types of the mesh's axes; Auto for a mesh that is not known."""
     mesh = sharding.mesh
     return (AxisType.Auto,) if mesh.empty else tuple(mesh.axis_types)
+
+
+def full_spec(sharding: NamedSharding, ndim: int) -> tuple[Any, ...]:
+    """Returns the mesh axes of each dimension; a spec may leave out the last ones."""
+    return (*sharding.spec, *[None] * ndim)[:ndim]
 
 
 def by_shards(

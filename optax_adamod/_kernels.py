@@ -32,7 +32,7 @@ def forced(form: Form) -> Iterator[None]:
         _forced.reset(token)
 
 
-def form() -> Form | None:
+def forced_form() -> Form | None:
     """Returns the form that is forced, or None."""
     return _forced.get()
 

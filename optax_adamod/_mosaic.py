@@ -39,14 +39,13 @@ def update(
         inputs = scalars, words, jnp.stack(starts), g, *state
         return _local(tree, strides, interpret, *inputs)
 
-    spec = (*sharding.spec, *[None] * g.ndim)[: g.ndim]
+    spec = _groups.full_spec(sharding, g.ndim)
     if any(kind == AxisType.Explicit for kind in _groups.axis_types(sharding)):
         call = _groups.by_shards(call, (scalars, words, g, *state), (g, *state))
     else:
         spec = (None,) * g.ndim
-    update, *new = call(scalars, words, g, *state)
-    averages = [*map(Float8Array, new[:n], new[n:]), None][:3]
-    return update, Averages(*averages)
+    updates, *new = call(scalars, words, g, *state)
+    return updates, Averages(*_groups.three(map(Float8Array, new[:n], new[n:])))
 
 
 def _local(
@@ -56,7 +55,7 @@ def _local(
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu
 
-    h, words, starts, g, *state = arrays
+    scalars, words, starts, g, *state = arrays
     n = len(state) // 2
     shapes = [x.shape for x in (g, *state)]
     *lead, rows, columns = (1,) * max(0, 2 - g.ndim) + g.shape
@@ -72,7 +71,7 @@ def _local(
     if transposed:
         exponents = [x.swapaxes(1, 2) for x in exponents]
     inputs = _groups.varying_alike(
-        [h, words, starts, *map(flat, (g, *state[:n])), *exponents]
+        [scalars, words, starts, *map(flat, (g, *state[:n])), *exponents]
     )
     unit = GROUP if transposed else 32
     high = rows if rows <= unit else unit
@@ -116,19 +115,20 @@ def _padded(rows: int, columns: int) -> int:
     return -(-rows // 8) * 8 * (-(-columns // GROUP) * GROUP)
 
 
-def _kernel(h, words, starts, g, *refs, tree, transposed, lead, strides):
+def _kernel(scalars, words, starts, g, *refs, tree, transposed, lead, strides):
     """Advances a block of averages and writes the update in the gradient's place.
 
-    ``h`` has the numbers of the step. The exponents of the averages share an int32, one
-    byte each: ``old`` has those of all groups of the block's rows, ``new`` gets them.
+    ``scalars`` are the numbers of the step. The exponents of the averages share an
+    int32, one byte each: ``old`` has those of all groups of the block's rows, ``new``
+    gets them.
     """
     from jax.experimental import pallas as pl
 
     n = (len(refs) - 3) // 4
     codes, exponents = refs[:n], refs[n : 2 * n]
-    update, new_codes = refs[2 * n], refs[2 * n + 1 : 3 * n + 1]
+    updates, new_codes = refs[2 * n], refs[2 * n + 1 : 3 * n + 1]
     new_exponents, (old, new) = refs[3 * n + 1 : 4 * n + 1], refs[4 * n + 1 :]
-    step = tree.unflatten([h[i] for i in range(tree.num_leaves)])
+    step = tree.unflatten([scalars[i] for i in range(tree.num_leaves)])
     _, rows, width = g.shape
     here, last = pl.program_id(2), pl.num_programs(2) - 1
     turned = (lambda x: x.T) if transposed else (lambda x: x)
@@ -176,7 +176,8 @@ def _kernel(h, words, starts, g, *refs, tree, transposed, lead, strides):
         packed = functools.reduce(lambda a, x: a << 8 | x, advanced_exponents)
         new[...] = jnp.where(lane == index, packed, new[...])
         numbers = _groups.decoded(advanced_codes, advanced_exponents)
-        update[0, :, members] = step.update(gradients, *numbers).astype(update.dtype)
+        update = step.update(gradients, *numbers)
+        updates[0, :, members] = update.astype(updates.dtype)
         return 0
 
     jax.lax.fori_loop(0, width // GROUP, group, 0)

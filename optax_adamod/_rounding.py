@@ -106,13 +106,13 @@ def _rounded(u, p, words, path):
     if not _is_rounded(path, p):
         return u
     # Salted, so that parameters and averages of one leaf round by bits of their own.
-    return _round_sum(u, p, (words, Seed.of_leaf(path, "params")))
+    return _round_sum(u, p, words, Seed.of_leaf(path, "params"))
 
 
 @jax.jit
-def _round_sum(u, p, seed):
+def _round_sum(u, p, words, leaf):
     """Returns the update after which the sum with ``p`` is rounded stochastically."""
-    seed = Seed.of(*seed, u, p)
+    seed = Seed.of(words, leaf, u, p)
     bits, _, _ = _storage.random_bits(
         jnp.shape(p), seed, 16, sharding=jax.typeof(p).sharding
     )

@@ -78,8 +78,8 @@ def _check_b3(b3: float | jax.Array) -> None:
         # A schedule under optax.inject_hyperparams may begin above 0, however low.
         if _number(b3) == 0:
             raise ValueError(
-                "b3 is an array of 0. The number 0 gives Adam; with an array there is "
-                "a bound, which holds back by its rounding. Under "
+                "b3 is an array of 0, for which AdaMod keeps a bound whose rounding "
+                "shortens steps. For Adam pass the number 0. Under "
                 "optax.inject_hyperparams pass static_args='b3', or begin a schedule "
                 "above 0."
             )
@@ -102,11 +102,11 @@ def scalar_or_schedule(name: str, value: Any) -> Any:
     return value
 
 
-def bound_learning_rate(value: Any, bound_dtype: Any) -> Any:
-    """As :func:`scalar_or_schedule`; at least 0 if the bound has no sign."""
+def bound_learning_rate(value: Any, in_float8: bool) -> Any:
+    """As :func:`scalar_or_schedule`; at least 0 if the bound is in 8 bits."""
     name = "bound_learning_rate"
     value = scalar_or_schedule(name, value)
-    if bound_dtype == "float8" and isinstance(value, float) and value < 0:
+    if in_float8 and isinstance(value, float) and value < 0:
         raise ValueError(
             f"{name} must be at least 0 with bound_dtype='float8', which has no sign, "
             f"got {value!r}. Use bound_dtype='bfloat16', or ascend by negative "

@@ -9,7 +9,6 @@ are a hash, so the state holds no key.
 """
 
 import functools
-import itertools
 import math
 import zlib
 from collections.abc import Sequence
@@ -93,24 +92,23 @@ class Averages(NamedTuple):
 
     def exponents_of(self, numbers: Sequence[Any]) -> tuple[Any, ...]:
         """Returns the exponents of new numbers in 8 bits, None for the others."""
-        narrow = [isinstance(old, Float8Array) for old in self]
-        with_v = zip(numbers, (None, None, numbers[1]), strict=True)
-        grouped = [
-            _float8.grouped(_float8.key(x.astype(jnp.float32), v))
-            for x, v in itertools.compress(with_v, narrow)
-        ]
+        keys = {}
+        for i, old in enumerate(self):
+            if isinstance(old, Float8Array):
+                v = numbers[1] if i == 2 else None
+                key = _float8.key(numbers[i].astype(jnp.float32), v)
+                keys[i] = _float8.grouped(key)
         # One reduction, for XLA does not fuse several.
         largest = jax.lax.reduce(
-            grouped,
-            [np.int32(_float8.SIGN)] * len(grouped),
+            [*keys.values()],
+            [np.int32(_float8.SIGN)] * len(keys),
             lambda a, b: [*map(jnp.maximum, a, b)],
-            (grouped[0].ndim - 1,),
+            (next(iter(keys.values())).ndim - 1,),
         )
-        found = iter(largest)
-        return tuple(
-            _float8.exponents_of(next(found)[..., None], old.signed) if x else None
-            for old, x in zip(self, narrow, strict=True)
-        )
+        exponents: list[Any] = [None, None, None]
+        for i, x in zip(keys, largest, strict=True):
+            exponents[i] = _float8.exponents_of(x[..., None], self[i].signed)
+        return tuple(exponents)
 
 
 def _load(stored: Stored) -> jax.Array:
@@ -250,8 +248,8 @@ class Seed(NamedTuple):
     def of(cls, step: Any, leaf: jax.typing.ArrayLike, *arrays: Any) -> "Seed":
         """Returns the seed of a leaf that consists of these arrays.
 
-        Shards inside shard_map, and members inside vmap, have bits of their own, and
-        replicas have the same.
+        Members inside vmap have bits of their own, and so have shards inside shard_map,
+        unless its ``check_vma=False`` hides what varies.
         """
         parts: list[Any] = jax.tree.leaves(arrays)
         # The barrier keeps the leaf from being a constant of the kernel, so all leaves

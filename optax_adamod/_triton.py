@@ -41,8 +41,7 @@ def advance(
     if any(kind == AxisType.Explicit for kind in _groups.axis_types(sharding)):
         call = _groups.by_shards(call, inputs, inputs[6:])
     new = call(*inputs)
-    averages = [*map(Float8Array, new[:n], new[n:]), None][:3]
-    return Averages(*averages)
+    return Averages(*_groups.three(map(Float8Array, new[:n], new[n:])))
 
 
 def _indices(
@@ -52,7 +51,7 @@ def _indices(
 
     They are partitioned as the leaf is, so that random bits do not depend on that.
     """
-    spec = (*sharding.spec, *[None] * len(shape))[: len(shape)]
+    spec = _groups.full_spec(sharding, len(shape))
     rows, columns = (
         sharding.update(spec=PartitionSpec(*x)) for x in (spec[:-1], spec[-1:])
     )
@@ -71,7 +70,7 @@ def _partitioned(tree: Any, interpret: bool, n: int) -> Callable[..., Any]:
     def partition(mesh, inputs, outputs):
         del outputs
         g = inputs[5]
-        *rows, columns = (*g.sharding.spec, *[None] * g.ndim)[: g.ndim]
+        *rows, columns = _groups.full_spec(g.sharding, g.ndim)
         # Shards that cut groups are put together.
         axes = (columns,) if isinstance(columns, str) else columns or ()
         if g.shape[-1] % (GROUP * math.prod(mesh.shape[axis] for axis in axes)):
@@ -95,14 +94,14 @@ def _local(tree: Any, interpret: bool, *arrays: jax.Array) -> tuple[jax.Array, .
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
-    h, words, leaf, rows, columns, g, *state = arrays
+    scalars, words, leaf, rows, columns, g, *state = arrays
     n = len(state) // 2
     shapes = [x.shape for x in state]
     per_row, groups = columns.size, math.prod(shapes[n])
 
     flattened = [x.reshape(groups, GROUP) for x in (g, *state[:n])]
     flattened += [x.reshape(groups) for x in state[n:]]
-    inputs = [h, words, leaf.reshape(1), rows.reshape(-1), columns, *flattened]
+    inputs = [scalars, words, leaf.reshape(1), rows.reshape(-1), columns, *flattened]
     inputs = _groups.varying_alike(inputs)
     state = inputs[6:]
     params = triton.CompilerParams(num_warps=WARPS, num_stages=1)
@@ -120,8 +119,8 @@ def _local(tree: Any, interpret: bool, *arrays: jax.Array) -> tuple[jax.Array, .
     return tuple(x.reshape(shape) for x, shape in zip(new, shapes, strict=True))
 
 
-def _kernel(h, words, leaf, rows, columns, g, *refs, tree, groups, per_row):
-    """Advances the averages of a block of groups; ``h`` has the numbers of the step."""
+def _kernel(scalars, words, leaf, rows, columns, g, *refs, tree, groups, per_row):
+    """Advances the averages of a block of groups."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
@@ -146,7 +145,7 @@ def _kernel(h, words, leaf, rows, columns, g, *refs, tree, groups, per_row):
         load(ref.at[pl.ds(start, block)]).astype(jnp.int32)[:, None]
         for ref in refs[n : 2 * n]
     ]
-    step = tree.unflatten([h[i] for i in range(tree.num_leaves)])
+    step = tree.unflatten([scalars[i] for i in range(tree.num_leaves)])
     codes, exponents = _groups.advanced(
         step, whole(g).astype(jnp.float32), codes, exponents, bits
     )
