@@ -11,20 +11,15 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from helpers import COUNT, make_mesh
+from helpers import COUNT, assert_equal_but_for_few_roundings, make_mesh
 from optax_adamod import ScaleByAdamodState, adamod
 
+SCHEDULE = optax.linear_schedule(0.1, 0.0, 20)
 TX = optax.chain(
     optax.clip(1.0),
-    adamod(
-        optax.linear_schedule(0.1, 0.0, 20),
-        b3=0.9,
-        mu_dtype="bfloat16",
-        bound_dtype="bfloat16",
-    ),
+    adamod(SCHEDULE, b3=0.9, mu_dtype="bfloat16", bound_dtype="bfloat16"),
 )
 SHAPES = {"w": (8, 16), "b": (16,)}
-EPS = np.finfo(np.float32).eps
 
 
 def sharding(devices):
@@ -82,19 +77,7 @@ def run(tmp_path_factory):
     return folder, third, train(*third, range(4, 7), of)
 
 
-def assert_close_but_for_rounding(actual, expected):
-    """The same but for arithmetic on shards of another shape, whose last bits differ.
-
-    Such a bit may round a bfloat16 average of a coordinate the other way, once in
-    thousands of times, by one unit of bfloat16, which its parameter then follows.
-    """
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    far = ~np.isclose(actual, expected, rtol=4 * EPS, atol=EPS)
-    assert np.sum(far) <= 2
-    np.testing.assert_allclose(actual, expected, rtol=2**-6, atol=2**-8)
-
-
-@pytest.mark.parametrize("devices", [n for n in (1, 2, 4, 8) if n <= COUNT])
+@pytest.mark.parametrize("devices", sorted({1, COUNT // 2 or 1, COUNT}))
 def test_restored_on_other_devices(run, devices):
     folder, third, sixth = run
     of = sharding(devices)
@@ -103,22 +86,16 @@ def test_restored_on_other_devices(run, devices):
         assert len(leaf.sharding.device_set) == devices
         assert leaf.sharding.is_equivalent_to(of(leaf), leaf.ndim)
     chex.assert_trees_all_equal(*jax.device_get((restored, third)))
+    chex.assert_trees_all_equal_dtypes(restored, third)
+    assert jax.tree.structure(restored) == jax.tree.structure(third)
+    _, (adamod_state, schedule_state) = restored[1]
+    assert type(adamod_state) is ScaleByAdamodState
+    assert type(schedule_state) is optax.ScaleByScheduleState
     continued, sixth = jax.device_get((train(*restored, range(4, 7), of), sixth))
     if devices == COUNT:
         chex.assert_trees_all_equal(continued, sixth)
-    chex.assert_trees_all_equal_shapes_and_dtypes(continued, sixth)
-    jax.tree.map(assert_close_but_for_rounding, continued, sixth)
-
-
-def test_named_tuples_and_dtypes_survive(run):
-    folder, third, _ = run
-    _, state = restore(folder, 3, abstract(third, sharding(COUNT)))
-    (_, (adamod_state, schedule_state)) = state
-    assert type(adamod_state) is ScaleByAdamodState
-    assert type(schedule_state) is optax.ScaleByScheduleState
-    assert jax.tree.structure(state) == jax.tree.structure(third[1])
-    chex.assert_trees_all_equal_dtypes(state, third[1])
-    assert adamod_state.mu["w"].dtype == adamod_state.bound["w"].dtype == jnp.bfloat16
+    # Sums on shards of another shape may round otherwise.
+    assert_equal_but_for_few_roundings(continued, sixth)
 
 
 def nnx_run(seed):
@@ -143,9 +120,8 @@ def test_through_nnx(tmp_path):
     _, (adamod_state, _) = restored[1].opt_state
     assert type(adamod_state) is ScaleByAdamodState
     assert adamod_state.count[...] == 3
-    for step in range(3, 6):
-        for each in (run, restored):
-            nnx_step(*each, x[step])
+    for each in (run, restored):
+        nnx_step(*each, x[3])
     chex.assert_trees_all_equal(*map(nnx.state, (restored, run)))
 
 

@@ -26,9 +26,7 @@ MODELS = np.load(TESTS / "golden_model.npz")
 PAGE = (TESTS.parent / "docs" / "from_pytorch.md").read_text()
 AVERAGES = ("exp_avg", "exp_avg_sq", "exp_avg_lr")
 NAMES = [str(name) for name in MODELS["names"]]
-HYPERPARAMETERS = dict(b2=0.98, b3=0.95, eps=1e-6, weight_decay=0.1, convention="torch")
-
-
+TX = adamodw(1e-2, b2=0.98, b3=0.95, eps=1e-6, weight_decay=0.1, convention="torch")
 # The model of golden_model.npz.
 MODEL = nn.Sequential([nn.Dense(5), nn.relu, nn.Dense(3)])
 
@@ -36,10 +34,7 @@ MODEL = nn.Sequential([nn.Dense(5), nn.relu, nn.Dense(3)])
 def to_tree(arrays):
     """Names and layouts of Flax, for those of PyTorch."""
     return {
-        f"layers_{i}": {
-            "kernel": arrays[f"{i}.weight"].T,
-            "bias": arrays[f"{i}.bias"],
-        }
+        f"layers_{i}": {"kernel": arrays[f"{i}.weight"].T, "bias": arrays[f"{i}.bias"]}
         for i in (0, 2)
     }
 
@@ -116,15 +111,11 @@ def assert_goes_on(package, tx, params, state):
         chex.assert_trees_all_close(params, expected, rtol=0, atol=1e-11)
 
 
-TX = adamodw(1e-2, **HYPERPARAMETERS)
-
-
 @pytest.mark.parametrize("package", ["adamod", "torch_optimizer", "pytorch_optimizer"])
 def test_a_model_goes_on(package, x64):
     params = jax.tree.map(jnp.asarray, to_tree(model_params(package)))
-    assert_goes_on(
-        package, TX, params, convert(model_state_dict(package), TX.init(params))
-    )
+    state = convert(model_state_dict(package), TX.init(params))
+    assert_goes_on(package, TX, params, state)
 
 
 def edited(edit, package="adamod"):
@@ -144,7 +135,21 @@ def edited(edit, package="adamod"):
             r"holds \['max_exp_avg_sq'\], which AdaMod does not know",
         ),
         (lambda s, g: s[2].update(step=29), "one step, and are at .*'2.weight': 29"),
+        (
+            lambda s, g: (
+                s[3].pop("step"),
+                g.append({"params": [g[0]["params"].pop()], "step": 12}),
+            ),
+            "one step, and are at .*'2.weight': 30, '2.bias': 12",
+        ),
         (lambda s, g: s[2].pop("step"), "neither the state of '2.weight' nor its"),
+        *[
+            (
+                lambda s, g, step=step: s[2].update(step=step),
+                "step of '2.weight' must be one whole number, got ",
+            )
+            for step in ([3, 4], [], 7.5, np.nan, "30", True)
+        ],
         (
             lambda s, g: s[3].update(exp_avg=1j * s[3]["exp_avg"]),
             "exp_avg of '2.bias' is complex",
@@ -152,11 +157,6 @@ def edited(edit, package="adamod"):
         (lambda s, g: g[0]["params"].pop(), "has 3 parameters, and names has 4"),
         (lambda s, g: g[0]["param_names"].reverse(), "names are .*'2.bias', '2.weig"),
         (lambda s, g: g[0].update(adam_debias=True), "adam_debias=True corrects"),
-        (
-            lambda s, g: s[3].update(exp_avg_sq=np.ones(4)),
-            r"to_tree's exp_avg_sq at \['layers_2'\]\['bias'\] has shape \(4,\), and "
-            r"the parameter has \(3,\)",
-        ),
     ],
 )
 def test_what_does_not_fit_is_refused(edit, message):
@@ -165,20 +165,17 @@ def test_what_does_not_fit_is_refused(edit, message):
         convert(edited(edit))
 
 
-class Tensor:
+class Tensor(list):
     """As far as NumPy needs to know one of PyTorch."""
 
-    def __init__(self, value):
-        self.value = value
-
     def __array__(self, dtype=None, copy=None):
-        return np.asarray(self.value, dtype)
+        return np.asarray(list(self), dtype)
 
 
 @pytest.mark.parametrize(
     "form",
     [
-        float, np.float32, jnp.asarray, Tensor, lambda x: np.full((1, 1), x),
+        float, np.float32, jnp.asarray, lambda x: np.full((1, 1), x),
         lambda x: Tensor([float(x)]),
     ],
 )  # fmt: skip
@@ -193,29 +190,9 @@ def test_forms_of_the_step(form):
         assert optax.tree.get(convert(edited(edit, package)), "count") == 30
 
 
-@pytest.mark.parametrize("step", [[3, 4], [], 7.5, np.nan, "30", True, None], ids=str)
-def test_other_steps_are_refused(step):
-    message = "neither" if step is None else "step of '2.weight' must be one whole num"
-    with pytest.raises(ValueError, match=message):
-        convert(edited(lambda states, _: states[2].update(step=step)))
-
-
-def split(_, groups):
-    del groups[0]["param_names"]
-    last = groups[0]["params"].pop()
-    groups.append({**groups[0], "params": [last], "step": 12})
-
-
-@pytest.mark.parametrize(
-    ("state_dict", "message"),
-    [
-        (edited(split, "pytorch_optimizer"), "one step.*'2.weight': 30, '2.bias': 12"),
-        (model_params("adamod"), r"an optimizer's.*has \['0.bias', '0.wei"),
-    ],
-)
-def test_other_dictionaries_are_refused(state_dict, message):
-    with pytest.raises(ValueError, match=message):
-        convert(state_dict)
+def test_a_model_is_no_optimizer():
+    with pytest.raises(ValueError, match=r"an optimizer's.*has \['0.bias', '0.wei"):
+        convert(model_params("adamod"))
 
 
 def test_the_page_knows_our_defaults():
