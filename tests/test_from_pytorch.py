@@ -18,13 +18,10 @@ import pytest
 from flax import linen as nn
 
 from optax_adamod import adamod, adamodw, from_torch
-from reference import RELEASE
 
 TESTS = Path(__file__).parent
-TRAJECTORIES = np.load(TESTS / "golden.npz")
 MODELS = np.load(TESTS / "golden_model.npz")
 PAGE = (TESTS.parent / "docs" / "from_pytorch.md").read_text()
-AVERAGES = ("exp_avg", "exp_avg_sq", "exp_avg_lr")
 NAMES = [str(name) for name in MODELS["names"]]
 TX = adamodw(1e-2, b2=0.98, b3=0.95, eps=1e-6, weight_decay=0.1, convention="torch")
 # The model of golden_model.npz.
@@ -57,39 +54,6 @@ def convert(state_dict, state=None):
     if state is None:
         state = adamod(1e-2).init(to_tree(model_params("adamod")))
     return from_torch(state_dict, NAMES, to_tree, state)
-
-
-@pytest.mark.parametrize(
-    ("name", "settings", "drop"),
-    [row for row in RELEASE if row[0] in ("adam", "step_drop")],
-)
-def test_a_trajectory_goes_on(name, settings, drop, x64):
-    settings = dict(settings)
-    gradients, step = TRAJECTORIES["gradients"], 20
-    rows = {key: TRAJECTORIES[f"{name}/{key}"] for key in ("theta", *AVERAGES)}
-    peak = settings.pop("peak")
-    schedule = optax.piecewise_constant_schedule(peak, {len(gradients) // 2: drop})
-    tx = adamod(schedule, **settings, convention="torch")
-    stored = {key: rows[key][step - 1] for key in AVERAGES}
-    params = {"theta": jnp.asarray(rows["theta"][step - 1])}
-    state = from_torch(
-        {"state": {0: {"step": step, **stored}}, "param_groups": [{"params": [0]}]},
-        ["theta"],
-        dict,
-        tx.init(params),
-    )
-
-    def body(carry, gradient):
-        params, state = carry
-        updates, state = tx.update({"theta": gradient}, state, params)
-        params = optax.apply_updates(params, updates)
-        return (params, state), params["theta"]
-
-    _, actual = jax.lax.scan(body, (params, state), gradients[step:])
-    assert np.abs(rows["theta"][-1] - rows["theta"][step - 1]).max() > 1e-3
-    chex.assert_trees_all_close(
-        np.asarray(actual), rows["theta"][step:], rtol=0, atol=1e-11
-    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
