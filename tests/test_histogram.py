@@ -30,13 +30,8 @@ def numpy_counts(tree, bins=BINS):
     nan = np.isnan(x)
     with np.errstate(divide="ignore"):
         powers = np.log10(x[~nan])
-    inner = powers[powers < bins[-1]]  # numpy.histogram counts its last edge in
-    return (
-        np.histogram(inner, bins)[0],
-        np.sum(powers < bins[0]),
-        len(powers) - len(inner),
-        nan.sum(),
-    )
+    below, *counts, above = np.histogram(powers, [-np.inf, *bins, np.inf])[0]
+    return np.asarray(counts), below, above, nan.sum()
 
 
 def check(histogram, tree):
