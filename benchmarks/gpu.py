@@ -72,7 +72,7 @@ def parts(options: Options) -> list[Part]:
     if options.small:
         size = {"steps": 2, "depth": 1, "width": 8, "context": 8, "batch": 2}
         sizes = [x for k, v in size.items() for x in (f"--size.{k}", str(v))]
-        tests = ("tests/test_from_adam.py", "-n", "0")
+        tests = ("tests/test_conversions.py", "-n", "0")
         updates = ("--small", "--rounds", "2", "--optimizers", ADAMOD)
         steps = ("--models", "GPT-2 tiny", "--rounds", "2", "--batch", "2")
         steps += ("--optimizers", ADAMOD)

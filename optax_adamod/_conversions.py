@@ -259,13 +259,9 @@ def _read(
         raise ValueError(
             f"the optimizer has {len(indices)} parameters, and names has {len(names)}."
         )
-    given = [
-        name
-        for group in groups
-        for name in group.get("param_names", [None] * len(group["params"]))
-    ]
-    for ours, theirs in zip(names, given, strict=True):
-        if theirs not in (ours, None):
+    given = [name for group in groups for name in group.get("param_names", ())]
+    for ours, theirs in zip(names, given, strict=False):
+        if ours != theirs:
             raise ValueError(f"names has {ours!r} where the optimizer has {theirs!r}.")
     if any(group.get("adam_debias") for group in groups):
         raise ValueError(

@@ -258,7 +258,7 @@ def test_another_value_than_the_injected_one(given, jit):
 def test_several_states_or_none():
     tx = optax.partition({0: adamod(0.1), 1: adamod(0.01)}, {"w": 0, "b": 1})
     state = with_trained(tx.init(PARAMS))
-    with pytest.raises(ValueError, match="holds 2 AdaMod states") as error:
+    with pytest.raises(ValueError, match="holds 2: pass one of opt_state") as error:
         learning_rates(state, 0.1)
     paths = re.findall(r"opt_state[^ ,]*\[0\](?=[,.]|$)", str(error.value))
     assert len(paths) == 2
@@ -268,8 +268,7 @@ def test_several_states_or_none():
     adam = optax.chain(optax.adam(0.1)).init(PARAMS)
     types = ".*ScaleByAdamState", "dict", "NoneType", "float"
     for nothing, kind in zip((adam, PARAMS, None, 3.0), types, strict=True):
-        message = f"no ScaleByAdamodState; it is made of {kind}"
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"holds 0: it is made of {kind}"):
             learning_rates(nothing)
 
 

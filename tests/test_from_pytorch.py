@@ -98,14 +98,14 @@ def split(s, g):
     ("edit", "message"),
     [
         (lambda s, g: s.pop(1), "'0.bias' has no averages, for it never had a grad"),
-        (lambda s, g: s[2].pop("exp_avg"), r"of '2.weight' lacks \['exp_avg'\]"),
+        (lambda s, g: s[2].pop("exp_avg"), r"of '2.weight' lacks exp_avg\.$"),
         (lambda s, g: s[2].pop("exp_avg_lr"), "of '2.weight' .* is not AdaMod"),
         (
             lambda s, g: s[2].update(max_v=1),
-            r"holds \['max_v'\], which AdaMod does not",
+            "holds max_v, which AdaMod does not",
         ),
-        (lambda s, g: s[2].update(step=29), "one step, and are at .*'2.weight': 29"),
-        (split, "one step, and are at .*'2.weight': 30, '2.bias': 12"),
+        (lambda s, g: s[2].update(step=29), "'0.weight' is at 30, '2.weight' at 29"),
+        (split, "'0.weight' is at 30, '2.bias' at 12"),
         (lambda s, g: s[2].pop("step"), "neither the state of '2.weight' nor its"),
         *[
             (
@@ -119,8 +119,8 @@ def split(s, g):
             "exp_avg of '2.bias' is complex",
         ),
         (lambda s, g: g[0]["params"].pop(), "has 3 parameters, and names has 4"),
-        (lambda s, g: g[0]["param_names"].reverse(), "names are .*'2.bias', '2.weig"),
-        (lambda s, g: g[0].update(adam_debias=True), "adam_debias=True corrects"),
+        (lambda s, g: g[0]["param_names"].reverse(), "'0.weight' where .* '2.bias'"),
+        (lambda s, g: g[0].update(adam_debias=True), "adam_debias=True is another"),
     ],
 )
 def test_what_does_not_fit_is_refused(edit, message):
