@@ -30,11 +30,10 @@ class AdaMod:
     b3: float = 0.999
     eps: float = 1e-8
     eps_root: float = 0.0
-    weight_decay: float = 0.0
     nesterov: bool = False
     convention: str = "paper"
 
-    def step(self, t, g, m, v, s, theta):
+    def step(self, t, g, m, v, s):
         """Returns m_t, v_t, eta_t, s_t and theta_t - theta_{t-1}."""
         m = self.b1 * m + (1 - self.b1) * g
         v = self.b2 * v + (1 - self.b2) * np.abs(g) ** 2
@@ -45,8 +44,7 @@ class AdaMod:
             corrected = self.alpha(t) * np.sqrt(1 - self.b2**t) / (1 - self.b1**t)
             eta = corrected / (np.sqrt(v + self.eps_root) + self.eps)
         s = self.b3 * s + (1 - self.b3) * eta
-        decay = self.alpha(t) * self.weight_decay * theta
-        return m, v, eta, s, -self.rate(t, eta, s) * self.m_hat(t, g, m) - decay
+        return m, v, eta, s, -self.rate(t, eta, s) * self.m_hat(t, g, m)
 
     def rate(self, t, eta, s):
         return np.sign(self.alpha(t)) * np.minimum(np.abs(eta), np.abs(s))
@@ -59,7 +57,7 @@ class AdaMod:
             return self.b1 * m / (1 - self.b1 ** (t + 1)) + last
         return m / (1 - self.b1**t)
 
-    def trajectory(self, gradients, theta=0.0):
+    def trajectory(self, gradients):
         """Runs all gradients, shape (steps, ...); returns stacked results.
 
         ``update_size`` and ``bound_size`` are what u_t and s_t would be if nothing in
@@ -69,17 +67,15 @@ class AdaMod:
         gradients = np.asarray(gradients, wide)
         m = np.zeros_like(gradients[0])
         v, s, m_size, s_size = (np.zeros_like(m, np.float64) for _ in range(4))
-        theta = m + theta
-        names = "mu", "nu", "bound", "theta", "update", "bound_size", "update_size"
+        names = "mu", "nu", "bound", "update", "bound_size", "update_size"
         out = {name: [] for name in names}
         for t, g in enumerate(gradients, start=1):
-            m, v, eta, s, update = self.step(t, g, m, v, s, theta)
-            theta = theta + update
+            m, v, eta, s, update = self.step(t, g, m, v, s)
             m_size = self.b1 * m_size + (1 - self.b1) * np.abs(g)
             s_size = self.b3 * s_size + (1 - self.b3) * np.abs(eta)
             rate_size = np.minimum(np.abs(eta), s_size)
             update_size = rate_size * self.m_hat(t, np.abs(g), m_size)
-            row = (m, v, s, theta, update, s_size, update_size)
+            row = (m, v, s, update, s_size, update_size)
             for values, value in zip(out.values(), row, strict=True):
                 values.append(value)
         return {name: np.stack(values) for name, values in out.items()}
