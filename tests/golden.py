@@ -34,13 +34,6 @@ PACKAGES = {  # of one algorithm, with the same hyperparameters
 }
 
 
-def main() -> None:
-    # The release calls add_ and addcmul_ with torch's old order of arguments.
-    warnings.filterwarnings("ignore", "This overload of add", UserWarning)
-    np.savez_compressed(Path(__file__).with_name("golden.npz"), **trajectories())
-    np.savez_compressed(Path(__file__).with_name("golden_model.npz"), **models())
-
-
 def trajectories() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     gradients = rng.normal(size=(STEPS, 7)) * 10.0 ** np.arange(-4, 3)
@@ -88,19 +81,16 @@ def models() -> dict[str, np.ndarray]:
             optimizer.step()
             for name, parameter in named.items():
                 after[name].append(parameter.detach().numpy().copy())
-        arrays |= {
-            f"{package}/after/{name}": np.stack(values[BEFORE:])
-            for name, values in after.items()
-        }
+        for name, values in after.items():
+            arrays[f"{package}/after/{name}"] = np.stack(values[BEFORE:])
     arrays["names"] = np.array(list(named))
     return arrays
 
 
 def snapshot(package: str, named: dict, state_dict: dict) -> dict[str, np.ndarray]:
     """Copies the parameters and the optimizer's state as it stands, into arrays."""
-    arrays = {
-        f"{package}/param_groups": np.array(json.dumps(state_dict["param_groups"]))
-    }
+    groups = json.dumps(state_dict["param_groups"])
+    arrays = {f"{package}/param_groups": np.array(groups)}
     for name, parameter in named.items():
         arrays[f"{package}/before/{name}"] = parameter.detach().numpy().copy()
     for index, stored in state_dict["state"].items():
@@ -110,4 +100,7 @@ def snapshot(package: str, named: dict, state_dict: dict) -> dict[str, np.ndarra
 
 
 if __name__ == "__main__":
-    main()
+    # The release calls add_ and addcmul_ with torch's old order of arguments.
+    warnings.filterwarnings("ignore", "This overload of add", UserWarning)
+    np.savez_compressed(Path(__file__).with_name("golden.npz"), **trajectories())
+    np.savez_compressed(Path(__file__).with_name("golden_model.npz"), **models())

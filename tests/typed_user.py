@@ -1,8 +1,5 @@
 # pyright: strict, reportMissingTypeStubs=false
-"""What a user writes; `.ci/run wheel` checks its types beside the installed wheel.
-
-Optax says nothing of its types, so that it is exempt.
-"""
+"""What a user writes; `.ci/run wheel` checks its types, but for those of Optax."""
 
 import jax
 import jax.numpy as jnp
