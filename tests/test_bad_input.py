@@ -175,10 +175,10 @@ def test_numbers_out_of_range(name):
                 adamodw(**{"learning_rate": 0.1, name: value})
 
 
-@pytest.mark.parametrize("factory", [scale_by_adamod, adamod])
+@pytest.mark.parametrize("factory", [scale_by_adamod, adamod, adamodw])
 def test_every_factory_checks(factory):
-    """With the code that the tables ask through ``adamodw``."""
-    rate = "learning_rate" if factory is adamod else "bound_learning_rate"
+    """With the code that the tables ask through ``adamodw``, and its own names."""
+    rate = "bound_learning_rate" if factory is scale_by_adamod else "learning_rate"
     wrong = dict.fromkeys(("b1", "b2", "b3"), 1.0) | {"eps": -1.0, "eps_root": -1.0}
     wrong |= dict.fromkeys(("mu_dtype", "nu_dtype", "bound_dtype"), "int8")
     wrong |= {"convention": "tf", rate: math.nan}
