@@ -86,3 +86,11 @@ def rounded_to_nearest(
         return updates, cast(state, jnp.float32, jnp.bfloat16)
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+BFLOAT16 = {f"{name}_dtype": "bfloat16" for name in ("mu", "nu", "bound")}
+FLOAT8 = {f"{name}_dtype": "float8" for name in ("mu", "nu", "bound")}
+
+
+def noise(shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)

@@ -1,5 +1,7 @@
 """Do parameters in bfloat16 follow their updates in the mean, and others exactly?"""
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -15,10 +16,10 @@ from helpers import make_mesh
 from optax_adamod import adamod, round_updates_stochastically
 
 
-def followed(steps, rate, *last, dtype=jnp.bfloat16):
+def followed(steps, rate, *last):
     """4,096 parameters that walk away from random numbers by ``rate`` each step."""
     tx = optax.chain(optax.scale(-rate), *last)
-    params = jax.random.normal(jax.random.key(0), (32, 128)).astype(dtype)
+    params = jax.random.normal(jax.random.key(0), (32, 128)).astype(jnp.bfloat16)
 
     def body(carry, _):
         params, state = carry
@@ -27,24 +28,22 @@ def followed(steps, rate, *last, dtype=jnp.bfloat16):
 
     run = jax.jit(lambda p: jax.lax.scan(body, (p, tx.init(p)), None, steps)[0][0])
     end = run(params)
-    assert end.dtype == dtype
+    assert end.dtype == jnp.bfloat16
     return np.asarray(end, np.float64) - np.asarray(params, np.float64)
 
 
-@pytest.mark.slow
-def test_parameters_follow_a_rate_of_1e_6_for_20000_steps():
-    moved = followed(20_000, 1e-6, round_updates_stochastically())
-    print(f"{moved.mean():.5f} +- {moved.std():.5f}")
-    # Each walk has a scatter of about 0.009, so the mean of 4,096 has 0.00014.
-    assert abs(moved.mean() + 0.02) < 6e-4
-    frozen = followed(20_000, 1e-6)
-    assert np.mean(frozen != 0) < 0.01
-
-
-def test_parameters_follow_small_updates():
-    moved = followed(400, 1e-4, round_updates_stochastically())
-    assert abs(moved.mean() + 0.04) < 2e-3
-    assert abs(followed(400, 1e-4).mean()) < 0.01
+@pytest.mark.parametrize(
+    ("steps", "rate", "chance", "frozen"),
+    [
+        (400, 1e-4, 2e-3, 0.01),
+        # Each walk has a scatter of about 0.009, so the mean of 4,096 has 0.00014.
+        pytest.param(20_000, 1e-6, 6e-4, 1e-4, marks=pytest.mark.slow),
+    ],
+)
+def test_parameters_follow_small_updates(steps, rate, chance, frozen):
+    moved = followed(steps, rate, round_updates_stochastically())
+    assert abs(moved.mean() + steps * rate) < chance
+    assert abs(followed(steps, rate).mean()) < frozen
 
 
 def test_wide_parameters_get_the_very_updates():
@@ -55,75 +54,55 @@ def test_wide_parameters_get_the_very_updates():
     assert state.count == 1
 
 
-def test_the_sum_is_a_bfloat16():
-    params = jax.random.normal(jax.random.key(0), (64, 64)).astype(jnp.bfloat16)
-    u = 0.1 * jax.random.normal(jax.random.key(1), (64, 64))
-    tx = round_updates_stochastically()
-    updates, _ = jax.jit(tx.update)(u, tx.init(params), params)
-    assert updates.dtype == jnp.bfloat16
-    applied = optax.apply_updates(params, updates).astype(jnp.float32)
-    wide = params.astype(jnp.float32)
-    np.testing.assert_array_less(
-        np.abs(applied - wide - u), 2.0**-7 * np.abs(wide + u) + 2.0**-8 * np.abs(u)
-    )
-
-
-@pytest.mark.parametrize("exponent", range(-6, 4))
-def test_sums_are_unbiased_whatever_the_magnitude(exponent):
+def test_sums_are_unbiased_whatever_the_magnitude():
     """Of updates from 1e-6 to 1e3 of the parameter; 65,536 coordinates each.
 
     Where the sum is not within a factor of two of the parameter, the update is rounded
     itself, by 2**-8 at most.
     """
     tx = round_updates_stochastically()
-    for p in (1.0, 1.4921875, -0.8125):
+    update = jax.jit(tx.update)
+    for p, power in itertools.product((1.0, 1.4921875, -0.8125), range(-6, 4)):
         params = jnp.full((256, 256), p, jnp.bfloat16)
-        for u in (1.37 * 10.0**exponent, -0.71 * 10.0**exponent):
-            updates, _ = tx.update(jnp.full(params.shape, u), tx.init(params), params)
+        for u in (1.37 * 10.0**power, -0.71 * 10.0**power):
+            updates, _ = update(jnp.full(params.shape, u), tx.init(params), params)
+            assert updates.dtype == jnp.bfloat16
             new = np.asarray(optax.apply_updates(params, updates), np.float64)
-            # Half the spacing of the larger of the sum and the parameter.
-            spread = 2.0**-8 * max(abs(p + u), abs(p)) / np.sqrt(params.size)
+            # The spacing of the larger of the sum and the parameter.
+            spacing = 2.0**-7 * max(abs(p + u), abs(p))
             near = 0.5 <= (p + u) / p <= 2
             rounded = 0 if near else 2.0**-8 * abs(u)
+            spread = spacing / 2 / np.sqrt(params.size)
             assert abs(new.mean() - (p + u)) < 4 * spread + rounded
+            assert np.abs(new - (p + u)).max() < spacing + rounded
 
 
-def is_even(step):
-    return step % 2 == 0
-
-
-def large(*arguments):
-    return optax.skip_large_updates(*arguments, max_squared_norm=1e9)
-
-
-# Every wrapper of Optax that holds a cond around the updates of another.
+# Each holds a cond around the updates of another, of a kind of its own.
 CONDITIONALS = {
     "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
-    "conditionally_transform": lambda tx: optax.conditionally_transform(tx, is_even),
-    "conditionally_mask": lambda tx: optax.conditionally_mask(tx, is_even),
-    "MultiSteps": lambda tx: optax.MultiSteps(tx, 2),
-    "MultiSteps, skip_not_finite": (
-        lambda tx: optax.MultiSteps(tx, 2, should_skip_update_fn=optax.skip_not_finite)
+    "conditionally_transform": (
+        lambda tx: optax.conditionally_transform(tx, lambda step: step % 2 == 0)
     ),
-    "MultiSteps, skip_large_updates": (
-        lambda tx: optax.MultiSteps(tx, 2, should_skip_update_fn=large)
+    "MultiSteps": (
+        lambda tx: optax.MultiSteps(tx, 2, should_skip_update_fn=optax.skip_not_finite)
     ),
     "contrib.mechanize": lambda tx: optax.contrib.mechanize(tx, s_init=0.1),
 }
 
 
 @pytest.mark.parametrize("name", CONDITIONALS)
+@pytest.mark.usefixtures("quick_compilation")
 def test_bfloat16_weights_inside_conditionals_and_strict_promotion(name):
     tx = CONDITIONALS[name](
         optax.chain(adamod(0.1, b3=0.5), round_updates_stochastically())
     )
     params = jnp.ones((4, 128), jnp.bfloat16)
-    state = tx.init(params)
+    state, update = tx.init(params), jax.jit(tx.update)
     # MultiSteps promotes bfloat16 itself, whatever it wraps.
-    strict = "standard" if "MultiSteps" in name else "strict"
+    strict = "standard" if name == "MultiSteps" else "strict"
     with jax.numpy_dtype_promotion(strict):
         for _ in range(4):
-            updates, state = jax.jit(tx.update)(params, state, params)
+            updates, state = update(params, state, params)
             assert updates.dtype == jnp.bfloat16
             params = optax.apply_updates(params, updates)
     assert np.all(params != 1)
@@ -147,18 +126,15 @@ def test_sharded_sums_are_those_of_one_device():
 def test_flax():
     tx = optax.chain(adamod(1e-4, b3=0.5), round_updates_stochastically())
     model = nnx.Linear(8, 128, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    before = nnx.state(model)["kernel"][...].astype(jnp.float32)
+    before = model.kernel[...].astype(jnp.float32)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    params = {"w": before.astype(jnp.bfloat16)}
-    state = TrainState.create(apply_fn=lambda: None, params=params, tx=tx)
+    gradients = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    step = nnx.jit(lambda model, optimizer: optimizer.update(model, gradients))
     for _ in range(20):
-        gradients = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
-        optimizer.update(model, gradients)
-        state = state.apply_gradients(grads=jax.tree.map(jnp.ones_like, params))
-    for after in (nnx.state(model)["kernel"][...], state.params["w"]):
-        assert after.dtype == jnp.bfloat16
-        moved = (after.astype(jnp.float32) - before).mean()
-        assert abs(moved / -2e-3 - 1) < 0.2
+        step(model, optimizer)
+    assert model.kernel[...].dtype == jnp.bfloat16
+    moved = (model.kernel[...].astype(jnp.float32) - before).mean()
+    assert abs(moved / -2e-3 - 1) < 0.2
 
 
 def test_leaves_that_are_no_arrays():
@@ -172,14 +148,14 @@ def test_leaves_that_are_no_arrays():
     np.testing.assert_allclose(updates["w"], expected, rtol=0.1)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn"])
 def test_narrow_parameters_are_refused(dtype):
     tx = round_updates_stochastically()
     params = {"v": jnp.ones(3), "w": jnp.ones(3, dtype)}
-    with pytest.raises(TypeError, match=rf"params\['w'\] is {dtype}; .*bfloat16"):
-        tx.init(params)
-    with pytest.raises(TypeError, match=rf"params\['w'\] is {dtype}; .*bfloat16"):
-        tx.update(params, tx.init({}), params)
+    for call in (tx.init, lambda p: tx.update(p, tx.init({}), p)):
+        message = rf"params\['w'\] is {dtype}; .*bfloat16"
+        with pytest.raises(TypeError, match=message):
+            call(params)
 
 
 def test_bad_input():

@@ -1,5 +1,6 @@
 """Is stochastic rounding unbiased, independent, and the same everywhere?"""
 
+import functools
 import itertools
 
 import chex
@@ -12,14 +13,15 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from helpers import (
+    BFLOAT16,
     COUNT,
+    FLOAT8,
     assert_equal_but_for_few_roundings,
     make_mesh,
+    noise,
     rounded_to_nearest,
 )
-from optax_adamod import _storage, adamod, scale_by_adamod
-
-BFLOAT16 = {f"{name}_dtype": "bfloat16" for name in ("mu", "nu", "bound")}
+from optax_adamod import Float8Array, _storage, adamod, scale_by_adamod
 
 
 def float32(words):
@@ -32,42 +34,35 @@ def random_bits(shape, count, leaf, many=16):
     return _storage.random_bits(shape, seed, many)
 
 
-def all_bits():
-    """Every one of the 2**16 values that 16 random bits can take."""
-    return jnp.arange(2**16, dtype=jnp.uint32)
+@jax.jit
+def rounded(x):
+    """Every rounding of a number: by each of the values that 16 random bits can take.
+
+    As the bits of bfloat16.
+    """
+    x = jnp.broadcast_to(x, (2**16,))
+    x = _storage.stochastic_round(x, jnp.arange(2**16, dtype=jnp.uint32))
+    return jax.lax.bitcast_convert_type(x, jnp.uint16)
 
 
-@pytest.mark.parametrize("upper", [0x3F80, 0xC2F7, 0x0001, 0x8000, 0x7F7E])
-def test_probability_of_rounding_up_is_exact(upper):
+def test_probability_of_rounding_up_is_exact():
     """Of the 2**16 random words as many round up as the lower half says."""
-    for lower in (0, 1, 0x1234, 0x8000, 0xFFFF):
-        x = jnp.broadcast_to(float32(upper << 16 | lower), (2**16,))
-        rounded = _storage.stochastic_round(x, all_bits())
-        words = np.asarray(jax.lax.bitcast_convert_type(rounded, jnp.uint16), np.int64)
-        assert set(words) <= {upper, upper + 1}
-        assert np.sum(words - upper) == lower
+    for upper in (0x3F80, 0xC2F7, 0x0001, 0x8000, 0x7F7E):
+        for lower in (0, 1, 0x1234, 0x8000, 0xFFFF):
+            words = np.asarray(rounded(float32(upper << 16 | lower)), np.int64)
+            assert set(words) <= {upper, upper + 1}
+            assert np.sum(words - upper) == lower
 
 
-@pytest.mark.parametrize("which", [0, 1, 2], ids=["mu", "nu", "bound"])
-def test_mean_error_is_zero(which):
-    """1,000 values between two neighbours, 32,768 coordinates each."""
-    values, samples = 1000, 32_768
-    lower = np.linspace(0, 2**16, values, endpoint=False).astype(np.uint32)
-
-    @jax.jit
-    def count(lower):
-        x = jnp.broadcast_to(float32(0x3F800000 | lower)[:, None], (values, samples))
-        # Chance puts 1 mean in 16,000 outside; at this step, none of these.
-        bits = random_bits((values, samples), 5, 0)[which]
-        rounded = _storage.stochastic_round(x, bits)
-        up = rounded == 1 + 2.0**-7
-        return up.sum(axis=1), jnp.all(up | (rounded == 1))
-
-    ups, nothing_else = count(lower)
-    assert nothing_else
-    p = lower / 2**16
-    error = np.asarray(ups) / samples - p
-    assert np.all(np.abs(error) <= 4 * np.sqrt(p * (1 - p) / samples))
+def test_special_values_keep_their_meaning():
+    largest = float(jnp.finfo(jnp.bfloat16).max)
+    for x in (0.0, -0.0, 1.0, -2.5, largest, -largest, np.inf, -np.inf):
+        expected = jax.lax.bitcast_convert_type(jnp.bfloat16(x), jnp.uint16)
+        assert np.all(rounded(jnp.float32(x)) == expected)
+    for word in (0x7FC00000, 0x7FFFFFFF, 0xFFC00000, 0xFFFFFFFF):  # what sums return
+        assert np.all(np.asarray(rounded(float32(word))) & 0x7FFF > 0x7F80)
+    for sign, word in ((1, 0x7F7F), (-1, 0xFF7F)):
+        assert np.all(rounded(sign * jnp.finfo(jnp.float32).max) == word)
 
 
 SHAPE = (512, 512)
@@ -80,53 +75,53 @@ PARTNERS = {
     "rows below": lambda d, row, column: (row + d, column),
     "columns beside": lambda d, row, column: (row, column + d),
     "transposed": lambda d, row, column: (column, row),
-    "itself": lambda d, row, column: (row, column),
 }
 
 
-@pytest.fixture(scope="module", params=[16, 20], ids=["bfloat16", "8 bits"])
-def fields(request):
-    """Standardised bits of 2 leaves, 4 steps up to 64 apart and 3 averages."""
-    steps, leaves, many = (1, 2, 9, 65), (0, 1), request.param
+@functools.cache
+def words(many):
+    """Random words of 2 leaves, 4 steps up to 64 apart and 3 averages."""
     bits = jax.jit(random_bits, static_argnums=(0, 2, 3))
-    words = [bits(SHAPE, *x, many) for x in itertools.product(steps, leaves)]
-    uniform = np.concatenate(jax.device_get(words)).astype(np.float32)
-    return (uniform - (2**many - 1) / 2) / (2**many / np.sqrt(12))
+    of = itertools.product((1, 2, 9, 65), (0, 1))
+    return np.concatenate(jax.device_get([bits(SHAPE, *x, many) for x in of]))
 
 
-@pytest.mark.parametrize("partners", PARTNERS)
-def test_bits_are_independent(fields, partners):
+@pytest.mark.parametrize("many", [16, 20])
+def test_bits_are_uniform(many):
+    n = words(many)[0].size
+    even = (np.arange(n) + 0.5) / n
+    for word in words(many):
+        # Chance puts 1 of 10,000 so far from its share, by Kolmogorov and Smirnov.
+        assert np.abs(np.sort(word, axis=None) / 2**many - even).max() < 2.2 / n**0.5
+        for bit in range(many):
+            assert abs(np.mean(word >> bit & 1) - 0.5) < 2.25 / np.sqrt(n)
+
+
+@pytest.mark.parametrize("many", [16, 20])
+def test_bits_are_independent(many):
     """|z| < 4.5 for all pairs of leaf, step and average, and of a coordinate's partner.
 
     Chance puts 1 pair of 150,000 outside; these are 13,000, each of 1e5 draws or more.
     """
-    single = partners in ("itself", "transposed")
-    for d in (0,) if single else (1, 7, 64):
-        row, column = np.indices(SHAPE)
-        other_row, other_column = PARTNERS[partners](d, row, column)
-        inside = (
-            (other_row < SHAPE[0]) & (other_column < SHAPE[1]) & (other_column >= 0)
-        )
-        if partners != "itself":  # each pair of coordinates once
-            forward = (other_row - row) * SHAPE[1] + other_column - column > 0
-            inside &= forward
-        here = fields[:, row[inside], column[inside]]
-        there = fields[:, other_row[inside], other_column[inside]]
-        assert here.shape[1] > 1e5
-        z = here @ there.T / np.sqrt(here.shape[1])
-        if partners == "itself":
-            z = z[np.triu_indices(len(z), 1)]
-        assert np.abs(z).max() < 4.5
-
-
-def test_bits_are_uniform(fields):
-    n = fields[0].size
-    assert np.abs(fields.mean(axis=(1, 2))).max() < 4 / np.sqrt(n)
-    for many in (16, 20):
-        for word in random_bits(SHAPE, 1, 0, many):
-            assert np.max(word) < 2**many
-            for bit in range(many):
-                assert abs(np.mean(np.asarray(word) >> bit & 1) - 0.5) < 2 / np.sqrt(n)
+    uniform = words(many).astype(np.float32)
+    fields = (uniform - (2**many - 1) / 2) / (2**many / np.sqrt(12))
+    flat = fields.reshape(len(fields), -1)
+    z = flat @ flat.T / np.sqrt(flat.shape[1])
+    assert np.abs(z[np.triu_indices(len(z), 1)]).max() < 4.5
+    row, column = np.indices(SHAPE)
+    for name, partner in PARTNERS.items():
+        for d in (1, 7, 64) if name != "transposed" else (0,):
+            other_row, other_column = partner(d, row, column)
+            inside = (
+                (other_row < SHAPE[0]) & (other_column < SHAPE[1]) & (other_column >= 0)
+            )
+            # Each pair of coordinates once.
+            inside &= (other_row - row) * SHAPE[1] + other_column - column > 0
+            here = fields[:, row[inside], column[inside]]
+            there = fields[:, other_row[inside], other_column[inside]]
+            assert here.shape[1] > 1e5
+            z = here @ there.T / np.sqrt(here.shape[1])
+            assert np.abs(z).max() < 4.5, (name, d)
 
 
 def test_the_mean_of_a_leaf_is_as_quiet_as_that_of_independent_coordinates():
@@ -147,73 +142,23 @@ def test_the_mean_of_a_leaf_is_as_quiet_as_that_of_independent_coordinates():
     assert 0.5 < np.std(means[200::100]) / expected < 1.5
 
 
-def test_leaves_and_averages_round_by_bits_of_their_own():
-    gradients = dict.fromkeys("ab", jnp.full(4096, 0.7))
-    up = []
-    for name in ("mu", "nu", "bound"):  # one at a time, for bound depends on nu
-        tx = scale_by_adamod(**{f"{name}_dtype": "bfloat16"})
-        _, state = jax.jit(tx.update)(gradients, tx.init(gradients))
-        for leaf in getattr(state, name).values():
-            assert len(np.unique(leaf)) == 2  # the two neighbours
-            up.append(np.asarray(leaf == leaf.max(), np.float64))
-    for a, b in itertools.combinations(up, 2):
-        assert abs(np.corrcoef(a, b)[0, 1]) < 4 / np.sqrt(4096)
-
-
-def test_derivatives_are_those_of_float32():
-    """In the mean rounding is the identity, and so it is in derivatives."""
-    first = jnp.linspace(0.5, 2, 64)
-
-    def derivative(**dtypes):
-        tx = adamod(1.0, b3=0.5, **dtypes)
-        _, state = tx.update(first, tx.init(first))
-        return jax.jacfwd(lambda scale: tx.update(scale * first, state)[0])(-0.5)
-
-    exact = derivative()
-    assert np.all(np.abs(exact) > 0.1)
-    for name, dtype in BFLOAT16.items():
-        rounded = derivative(**{name: dtype})
-        chex.assert_trees_all_close(rounded, exact, rtol=0.02)
-        assert not np.array_equal(rounded, exact)
-
-
-def test_special_values_keep_their_meaning():
-    largest = float(jnp.finfo(jnp.bfloat16).max)
-    exact = [0.0, -0.0, 1.0, -2.5, largest, -largest, np.inf, -np.inf]
-    for x in exact:
-        rounded = _storage.stochastic_round(jnp.full(2**16, x), all_bits())
-        words = jax.lax.bitcast_convert_type(rounded, jnp.uint16)
-        expected = jax.lax.bitcast_convert_type(jnp.bfloat16(x), jnp.uint16)
-        assert np.all(words == expected)
-    for word in (0x7FC00000, 0x7FFFFFFF, 0xFFC00000, 0xFFFFFFFF):  # what sums return
-        x = jnp.broadcast_to(float32(word), (2**16,))
-        assert np.all(jnp.isnan(_storage.stochastic_round(x, all_bits())))
-    x = jnp.full(2**16, jnp.finfo(jnp.float32).max)
-    for sign in (1, -1):
-        rounded = _storage.stochastic_round(sign * x, all_bits())
-        assert np.all(rounded == jnp.bfloat16(sign * largest))
-
-
 def test_bits_do_not_depend_on_how_they_are_computed():
     shape = (24, 40)
     eager = random_bits(shape, 5, 2)
-    jitted = jax.jit(lambda count: random_bits(shape, count, 2))(5)
-    chex.assert_trees_all_equal(jitted, eager)
-    mesh = make_mesh(("x",))
-    sharded = jax.jit(
-        lambda count: random_bits(shape, count, 2),
-        out_shardings=NamedSharding(mesh, P("x")),
-    )(5)
-    chex.assert_trees_all_equal(sharded, eager)
+    sharding = NamedSharding(make_mesh(("x",)), P("x"))
+    for out_shardings in (None, sharding):
+        jitted = jax.jit(
+            lambda count: random_bits(shape, count, 2), out_shardings=out_shardings
+        )(5)
+        chex.assert_trees_all_equal(jitted, eager)
 
 
 @pytest.mark.parametrize(
     ("shape", "windows"),
     [
         ((2**17, 2**17), [(0, 0), (2**15, 0), (2**16, 1), (0, 2**16), (2**17 - 8, 0)]),
-        ((2**34, 4), [(0, 0), (2**32 - 8, 0), (2**33, 0), (2**34 - 8, 0)]),
         ((2**34,), [(0,), (2**32 - 8,), (2**32,), (2**33,), (2**34 - 64,)]),
-        ((3, 2**33), [(0, 0), (1, 0), (2, 0), (0, 2**32), (1, 2**32), (2, 2**32)]),
+        ((3, 2**33), [(0, 0), (1, 0), (2, 0), (0, 2**32), (1, 2**32)]),
     ],
     ids=str,
 )
@@ -229,8 +174,7 @@ def test_bits_of_huge_leaves_do_not_repeat(shape, windows):
         assert compiled.memory_analysis().temp_size_in_bytes < 2**20
         return np.asarray(compiled()).ravel()
 
-    seen = [window(start) for start in windows]
-    for a, b in itertools.combinations(seen, 2):
+    for a, b in itertools.combinations(map(window, windows), 2):
         n = min(len(a), len(b))
         # Two words agree by chance once in a million.
         assert np.sum(a[:n] == b[:n]) <= 1
@@ -241,66 +185,59 @@ def test_steps_are_no_shifts_of_each_other():
     shift = 11 * 0xD1B54A35 % 2**32
     shape, n = (shift + 1000,), 1000
 
+    @functools.partial(jax.jit, static_argnums=1)
     def window(count, start):
-        bits = jax.jit(lambda: random_bits(shape, count, 0, 20)[2][start:][:n])
-        return np.asarray(bits())
+        return random_bits(shape, count, 0, 20)[2][start:][:n]
 
     assert np.sum(window(1011, 0) == window(1000, shift)) <= 2
+    now = np.asarray(window(1000, 0))
     for lag in (1, 2, 64):  # of coordinates close by
-        now, later = window(1000, 0), window(1000 + lag, 0)
+        later = np.asarray(window(1000 + lag, 0))
         for d in range(-3, 4):
             assert np.sum(now[10:-10] == later[10 + d : n - 10 + d]) <= 2
 
 
-def trajectory(gradients_of, steps, coordinates, wrap=lambda tx: tx, **settings):
-    """Returns the last state and the mean |update| of the last tenth of the steps."""
-    tx = wrap(scale_by_adamod(**settings))
+def test_leaves_and_averages_round_by_bits_of_their_own():
+    """Which do not depend on the rest of the tree, nor on groups of optax.partition."""
+    gradients = dict.fromkeys("ab", jnp.full(4096, 0.7))
+    up = []
+    for name in ("mu", "nu", "bound"):  # one at a time, for bound depends on nu
+        tx = scale_by_adamod(**{f"{name}_dtype": "bfloat16"})
+        _, state = jax.jit(tx.update)(gradients, tx.init(gradients))
+        for leaf in getattr(state, name).values():
+            assert len(np.unique(leaf)) == 2  # the two neighbours
+            up.append(np.asarray(leaf == leaf.max(), np.float64))
+    for a, b in itertools.combinations(up, 2):
+        assert abs(np.corrcoef(a, b)[0, 1]) < 4 / np.sqrt(4096)
+    split = optax.partition({"one": tx, "two": tx}, {"a": "one", "b": "two"})
+    _, apart = jax.jit(split.update)(gradients, split.init(gradients))
+    for label, name in (("one", "a"), ("two", "b")):
+        group = apart.inner_states[label].inner_state
+        chex.assert_trees_all_equal(group.bound[name], state.bound[name])
 
-    def body(carry, step):
-        state, total = carry
-        updates, state = tx.update(gradients_of(step), state)
-        late = step >= steps - steps // 10
-        return (state, total + late * jnp.abs(updates)), None
 
-    @jax.jit
-    def run():
-        start = tx.init(jnp.zeros(coordinates)), jnp.zeros(coordinates)
-        (state, total), _ = jax.lax.scan(body, start, jnp.arange(steps))
-        return state, total / (steps // 10)
+@pytest.mark.parametrize(
+    "dtypes",
+    [*({k: x} for k, x in BFLOAT16.items()), {"mu_dtype": "float8"}, FLOAT8],
+    ids=str,
+)
+@pytest.mark.usefixtures("quick_compilation")
+def test_derivatives_are_those_of_float32(dtypes):
+    """In the mean rounding is the identity, and so it is in derivatives."""
+    first = jnp.linspace(0.5, 2, 128).reshape(1, 128)
 
-    return run()
+    def derivative(**dtypes):
+        tx = adamod(1.0, b3=0.5, **dtypes)
+        _, state = tx.update(first, tx.init(first))
+        return jax.jit(jax.jacfwd(lambda scale: tx.update(scale * first, state)[0]))(
+            -0.5
+        )
 
-
-@pytest.mark.slow
-@pytest.mark.parametrize("b3", [0.999, 0.9999])
-def test_averages_follow_float32_for_20000_steps(b3):
-    coordinates, steps = 2048, 20_000
-    scale = jnp.exp(jax.random.normal(jax.random.key(0), (coordinates,)))
-
-    def gradients_of(step):
-        key = jax.random.fold_in(jax.random.key(1), step)
-        return scale * (0.3 + jax.random.normal(key, (coordinates,)))
-
-    settings = dict(
-        gradients_of=gradients_of, steps=steps, coordinates=coordinates, b3=b3
-    )
-    wide, wide_update = trajectory(**settings)
-
-    def ratio(narrow, name):
-        """Mean and scatter of an average as a share of its float32 twin."""
-        shares = np.asarray(getattr(narrow, name), np.float64) / getattr(wide, name)
-        print(f"b3 {b3}, {name}: {shares.mean():.4f} +- {shares.std():.4f}")
-        return shares.mean(), shares.std()
-
-    for dtypes in ({"bound_dtype": "bfloat16"}, BFLOAT16):
-        narrow, update = trajectory(**settings, **dtypes)
-        for name in ("bound", "nu"):
-            mean, scatter = ratio(narrow, name)
-            assert abs(mean - 1) < 0.005
-            assert scatter < 0.06
-        assert abs(update.mean() / wide_update.mean() - 1) < 0.01
-    nearest, _ = trajectory(**settings, wrap=rounded_to_nearest)
-    assert ratio(nearest, "bound")[0] < (0.5 if b3 == 0.999 else 0.1)
+    exact, actual = derivative(), derivative(**dtypes)
+    assert np.all(np.abs(exact) > 0.1)
+    rtol = 0.3 if "float8" in dtypes.values() else 0.02
+    chex.assert_trees_all_close(actual, exact, rtol=rtol)
+    assert not np.array_equal(actual, exact)
 
 
 def test_half_precision_parameters_do_not_stall():
@@ -315,115 +252,117 @@ def test_half_precision_parameters_do_not_stall():
     assert abs(state.mu.astype(jnp.float32).mean() / 1.5 - 1) < 1e-3
 
 
-def train(params):
-    """The updates and the state after four steps with noise as gradients."""
-    tx = adamod(0.1, **BFLOAT16)
-    state, update = tx.init(params), jax.jit(tx.update)
-    for key in jax.random.split(jax.random.key(0), 4):
-        noise = jax.random.normal(key, (8, 16))
-        gradients = jax.tree.map(
-            lambda p, n=noise: jax.device_put(n, p.sharding), params
-        )
-        updates, state = update(gradients, state)
-    return updates, state
-
-
-@pytest.fixture(scope="module")
-def trained():
-    params = {"w": jnp.ones((8, 16)), "v": jnp.ones((8, 16))}
-    return params, train(params)
-
-
 @pytest.mark.parametrize(
     ("axis_type", "spec"),
-    [
-        (AxisType.Explicit, P("x")),
-        (AxisType.Explicit, P("x", "y")),
-        (AxisType.Explicit, P(None, ("x", "y"))),
-        (AxisType.Auto, P("x", "y")),
-    ],
+    [(AxisType.Explicit, P("x", "y")), (AxisType.Auto, P(None, ("x", "y")))],
     ids=str,
 )
-def test_sharded_updates_are_rounded_by_the_same_bits(trained, axis_type, spec):
-    params, expected = trained
+def test_sharded_updates_are_rounded_by_the_same_bits(axis_type, spec):
+    tx = adamod(0.1, **BFLOAT16)
+
+    def train(params):
+        state, update = tx.init(params), jax.jit(tx.update)
+        for step in range(4):
+            gradients = jax.tree.map(
+                lambda p, step=step: jax.device_put(noise(p.shape, step), p.sharding),
+                params,
+            )
+            updates, state = update(gradients, state)
+        return updates, state
+
+    params = {"w": jnp.ones((8, 16)), "v": jnp.ones((8, 16))}
     mesh = make_mesh(("x", "y"), axis_type)
     with jax.set_mesh(mesh):
         sharding = NamedSharding(mesh, spec)
         actual = train(jax.device_put(params, sharding))
         for leaf in jax.tree.leaves((actual[0], actual[1][0][1:])):
             assert leaf.sharding.is_equivalent_to(sharding, 2)
-    assert_equal_but_for_few_roundings(actual, expected)
+    assert_equal_but_for_few_roundings(actual, train(params))
 
 
-def agreement(codes):
-    """How often members of a stack of equal averages are rounded alike."""
-    members = np.asarray(codes, np.float64).reshape(len(codes), -1)
-    same = members[:, None] == members[None]
-    return same[~np.eye(len(members), dtype=bool)].mean()
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float8"])
-def test_shards_and_members_round_by_bits_of_their_own(dtype):
+@pytest.mark.parametrize("dtypes", [{"bound_dtype": "bfloat16"}, FLOAT8], ids=str)
+@pytest.mark.usefixtures("quick_compilation")
+def test_shards_and_members_round_by_bits_of_their_own(dtypes):
     """And replicas by the same, though all have equal gradients."""
-    tx = scale_by_adamod(bound_dtype=dtype, b3=0.9)
+    tx = scale_by_adamod(b3=0.9, **dtypes)
     g = jnp.linspace(0.1, 1, 256).reshape(1, 256)
 
     def bound(g):
-        bound = tx.update(g, tx.init(g))[1].bound
-        return bound.codes if dtype == "float8" else bound
+        return getattr(bound := tx.update(g, tx.init(g))[1].bound, "codes", bound)
 
-    alone = bound(g)
-    members = jax.jit(jax.vmap(bound))(jnp.stack([g] * 8))
-    assert agreement(members) < 0.9
-    nested = jax.jit(jax.vmap(jax.vmap(bound)))(jnp.stack([jnp.stack([g] * 2)] * 4))
-    assert agreement(nested.reshape(8, -1)) < 0.9
-    mesh = make_mesh(("x",))
+    def agreement(codes):
+        """How often two of 8 equal leaves are rounded alike."""
+        members = np.asarray(codes, np.float64).reshape(8, -1)
+        same = members[:, None] == members[None]
+        return same[~np.eye(8, dtype=bool)].mean()
 
     def sharded(spec, g):
-        return jax.jit(jax.shard_map(bound, mesh=mesh, in_specs=spec, out_specs=spec))(
-            g
-        )
+        return jax.jit(
+            jax.shard_map(bound, mesh=make_mesh(("x",)), in_specs=spec, out_specs=spec)
+        )(g)
 
+    members = jnp.stack([g] * 8)
+    assert agreement(jax.jit(jax.vmap(bound))(members)) < 0.9
+    nested = jax.jit(jax.vmap(jax.vmap(bound)))(members.reshape(4, 2, 1, 256))
+    assert agreement(nested) < 0.9
     replicas = sharded(P(), g)
+    alone = jax.jit(bound)(g)
     chex.assert_trees_all_close(*jax.device_get((replicas, alone)), rtol=0.2)
     for copy in replicas.addressable_shards:
         np.testing.assert_array_equal(copy.data, replicas)
-    shards = sharded(P("x"), jnp.tile(g, (COUNT, 1))).reshape(COUNT, -1)
-    if COUNT > 1:
-        assert agreement(shards) < 0.9
+    if COUNT == 8:
+        assert agreement(sharded(P("x"), jnp.tile(g, (8, 1)))) < 0.9
 
 
-def test_bits_of_a_leaf_do_not_depend_on_the_rest_of_the_tree():
-    """So groups of optax.partition round by bits of their own."""
-    g, tx = jnp.full(4096, 0.7), scale_by_adamod(bound_dtype="bfloat16")
+def trajectory(steps, coordinates, sigma, wrap=lambda tx: tx, **settings):
+    """Means over the second half: nu, bound and |update|."""
+    tx = wrap(scale_by_adamod(**settings))
+    shape = (coordinates // 128, 128)
+    scale = jnp.exp(noise(shape, 1))
 
-    def bounds(tree):
-        return tx.update(tree, tx.init(tree))[1].bound
+    def body(carry, step):
+        state, total = carry
+        g = scale * jnp.exp(sigma * jax.random.normal(jax.random.key(step), shape))
+        updates, state = tx.update(g, state)
+        seen = [
+            x.dequantize() if isinstance(x, Float8Array) else x.astype(jnp.float32)
+            for x in (state.nu, state.bound)
+        ]
+        late = step >= steps // 2
+        seen = (*seen, jnp.abs(updates))
+        return (state, jax.tree.map(lambda a, x: a + late * x, total, seen)), None
 
-    both = bounds({"a": g, "b": g})
-    chex.assert_trees_all_equal(bounds({"b": g})["b"], both["b"])
-    assert agreement(jnp.stack([both["a"], both["b"]])) < 0.9
-    split = optax.partition({"one": tx, "two": tx}, {"a": "one", "b": "two"})
-    _, state = split.update({"a": g, "b": g}, split.init({"a": g, "b": g}))
-    apart = [
-        state.inner_states[label].inner_state.bound[name]
-        for label, name in (("one", "a"), ("two", "b"))
-    ]
-    assert agreement(jnp.stack(apart)) < 0.9
+    start = tx.init(scale), (jnp.zeros(shape),) * 3
+    run = jax.jit(lambda: jax.lax.scan(body, start, jnp.arange(steps))[0][1])
+    return [np.asarray(x, np.float64) / (steps - steps // 2) for x in run()]
 
 
-def test_restart_gives_the_same_bits():
-    tx = optax.chain(optax.clip(1.0), adamod(0.1, **BFLOAT16))
-    gradients = [jax.random.normal(jax.random.key(i), (64,)) for i in range(6)]
-    update = jax.jit(tx.update)
-    state = tx.init(gradients[0])
-    for g in gradients[:3]:
-        _, state = update(g, state)
-    saved = jax.device_get(state)
-    for g in gradients[3:]:
-        _, state = update(g, state)
-    restored = jax.tree.map(jnp.asarray, saved)
-    for g in gradients[3:]:
-        _, restored = jax.jit(tx.update)(g, restored)
-    chex.assert_trees_all_equal(restored, state)
-    assert optax.tree.get(state, "bound").dtype == jnp.bfloat16
+@pytest.mark.slow
+@pytest.mark.parametrize("b3", [0.999, 0.9999])
+@pytest.mark.parametrize("sigma", [0.0, 0.5], ids=["constant", "log-normal"])
+def test_averages_follow_float32_for_20000_steps(sigma, b3):
+    """The bound is right by itself; noise in nu raises the mean of 1 / sqrt(nu)."""
+    # So many that the standard error of a mean is about 0.1 %.
+    coordinates = 4_096 if b3 == 0.999 else 16_384
+    wide = trajectory(20_000, coordinates, sigma, b3=b3)
+
+    def ratios(**settings):
+        """Means and scatters of nu, bound and |update| as shares of float32's."""
+        narrow = trajectory(20_000, coordinates, sigma, b3=b3, **settings)
+        shares = [a / b for a, b in zip(narrow, wide, strict=True)]
+        print(
+            sigma, b3, settings, *(f"{x.mean():.4f} +- {x.std():.4f}" for x in shares)
+        )
+        return np.asarray([(x.mean() - 1, x.std()) for x in shares]).T
+
+    for dtypes in ({"bound_dtype": "bfloat16"}, BFLOAT16):
+        errors, scatters = ratios(**dtypes)
+        assert np.all(np.abs(errors) < (0.005, 0.005, 0.01))
+        assert np.all(scatters[:2] < 0.06)
+    assert abs(ratios(bound_dtype="float8")[0][1]) < 0.005
+    assert abs(ratios(nu_dtype="float8")[0][0]) < 0.005
+    # The smallest state in which the bound's mean is right to half a percent.
+    assert abs(ratios(**FLOAT8 | {"nu_dtype": "bfloat16"})[0][1]) < 0.005
+    assert np.all(np.abs(ratios(**FLOAT8)[0]) < (0.005, 0.02, 0.03))
+    nearest = ratios(wrap=rounded_to_nearest)[0][1]
+    assert nearest < (-0.5 if b3 == 0.999 else -0.9)

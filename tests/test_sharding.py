@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from helpers import COUNT, assert_few_units_apart, make_mesh
+from helpers import BFLOAT16, COUNT, FLOAT8, assert_few_units_apart, make_mesh
 from optax_adamod import (
     adamod,
     adamodw,
@@ -21,8 +21,6 @@ from optax_adamod import (
     scale_by_adamod,
 )
 
-BFLOAT16 = {f"{name}_dtype": "bfloat16" for name in ("mu", "nu", "bound")}
-FLOAT8 = {f"{name}_dtype": "float8" for name in ("mu", "nu", "bound")}
 SPECS = {"w": P("data", "fsdp"), "v": P(None, "fsdp"), "b": P("fsdp"), "scale": P()}
 SHAPES = {"w": (8, 16), "v": (3, 8), "b": (12,), "scale": ()}
 DTYPES = {"w": "float16", "v": "bfloat16", "b": "float32", "scale": "float32"}
@@ -30,21 +28,8 @@ COLLECTIVE = re.compile(
     r"\b(all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|"
     r"reduce-scatter)(-start)?\("
 )
-AXES = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
-STATES = pytest.mark.parametrize("dtypes", [{}, BFLOAT16], ids=["own", "bfloat16"])
-# All pairs of axes, dtypes of the state, and eager or jitted.
-PAIRS = pytest.mark.parametrize(
-    ("axis_type", "dtypes", "jitted"),
-    [
-        (AxisType.Auto, {}, True),
-        (AxisType.Auto, BFLOAT16, False),
-        (AxisType.Explicit, {}, False),
-        (AxisType.Explicit, BFLOAT16, True),
-    ],
-    ids=["auto-jitted", "auto-bfloat16", "explicit", "explicit-bfloat16-jitted"],
-)
-CONVENTIONS = pytest.mark.parametrize("convention", ["paper", "torch"])
-
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+AXES = pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT], ids=str)
 AXIS_NAMES = ("fsdp", "data")
 
 
@@ -61,7 +46,7 @@ def shard(tree, mesh):
 
 
 def averages(state):
-    return {name: optax.tree.get(state, name) for name in ("mu", "nu", "bound")}
+    return [optax.tree.get(state, name) for name in ("mu", "nu", "bound")]
 
 
 def train(tx, put, steps=3):
@@ -76,37 +61,40 @@ def train(tx, put, steps=3):
     return params, updates, state
 
 
-@PAIRS
-def test_types_of_the_state_never_change(axis_type, dtypes, jitted):
-    """Shape, dtype and, with explicit axes, sharding are an array's type."""
+@pytest.mark.parametrize(
+    ("axis_type", "dtypes", "jitted"),
+    [
+        (AUTO, {}, True),
+        (AUTO, BFLOAT16, False),
+        (EXPLICIT, {}, False),
+        (EXPLICIT, BFLOAT16, True),
+    ],
+    ids=["auto-jitted", "auto-bfloat16", "explicit", "explicit-bfloat16-jitted"],
+)
+def test_the_state_is_sharded_as_its_parameters(axis_type, dtypes, jitted):
+    """From init on, where no device may hold, or send, more than its own shards.
+
+    Shape, dtype and, with explicit axes, sharding are an array's type.
+    """
     mesh = make_mesh(AXIS_NAMES, axis_type)
     tx = adamodw(0.1, **dtypes)
-    init, update = (jax.jit(tx.init), jax.jit(tx.update)) if jitted else tx
+    params = shard({k: x.astype(DTYPES[k]) for k, x in arrays().items()}, mesh)
+    with jax.set_mesh(mesh), jax.transfer_guard_device_to_device("disallow_explicit"):
+        state = tx.init(params)
     with jax.set_mesh(mesh):
-        params = shard({k: x.astype(DTYPES[k]) for k, x in arrays().items()}, mesh)
-        state = init(params)
+        update = jax.jit(tx.update) if jitted else tx.update
         updates, new_state = update(params, state, params)
         types = jax.tree.map(jax.typeof, (state, params))
         assert jax.tree.map(jax.typeof, (new_state, updates)) == types
-        if axis_type == AxisType.Explicit:
-            for average in averages(types[0]).values():
-                assert {k: t.sharding.spec for k, t in average.items()} == SPECS
-
-
-@PAIRS
-def test_state_is_sharded_as_its_parameters(axis_type, dtypes, jitted):
-    """From init on, where no device may hold, or send, more than its own shards."""
-    mesh = make_mesh(AXIS_NAMES, axis_type)
-    tx = scale_by_adamod(**dtypes)
-    params = shard(arrays(), mesh)
-    with jax.set_mesh(mesh), jax.transfer_guard_device_to_device("disallow_explicit"):
-        state = tx.init(params)
-    update = jax.jit(tx.update) if jitted else tx.update
-    for each in (state, update(params, state)[1]):
-        for average in averages(each).values():
-            for name, leaf in average.items():
-                assert leaf.sharding.is_equivalent_to(params[name].sharding, leaf.ndim)
-                assert len(leaf.addressable_shards) == COUNT
+        if jitted:
+            in_jit = jax.jit(tx.init)(params)
+            assert jax.tree.map(jax.typeof, in_jit) == types[0]
+    for average in (*averages(state), *averages(new_state)):
+        for name, leaf in average.items():
+            assert leaf.sharding.is_equivalent_to(params[name].sharding, leaf.ndim)
+            assert len(leaf.addressable_shards) == COUNT
+            if axis_type == EXPLICIT:
+                assert jax.typeof(leaf).sharding.spec == SPECS[name]
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -117,7 +105,7 @@ def test_init_keeps_the_kind_of_memory(sharded):
         k: jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
         for k, x in params.items()
     }
-    for average in averages(scale_by_adamod(**BFLOAT16).init(params)).values():
+    for average in averages(scale_by_adamod(**BFLOAT16).init(params)):
         for name, leaf in average.items():
             assert leaf.sharding == params[name].sharding
             assert leaf.sharding.memory_kind == "pinned_host"
@@ -140,7 +128,6 @@ def test_averages_in_host_memory():
         transform_non_params=lambda _: NamedSharding(mesh, P()),
     )
     host = jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), device)
-
     placed = jax.tree.map(lambda x: x.sharding, params), host
 
     @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=placed)
@@ -156,23 +143,8 @@ def test_averages_in_host_memory():
     assert_few_units_apart((params, state), (expected, expected_state))
 
 
-def test_state_made_under_jit_takes_the_shardings_asked_for():
-    mesh = make_mesh(AXIS_NAMES)
-    tx = scale_by_adamod()
-    shardings = {k: NamedSharding(mesh, spec) for k, spec in SPECS.items()}
-    state = jax.jit(
-        tx.init,
-        out_shardings=type(tx.init(arrays()))(
-            NamedSharding(mesh, P()), shardings, shardings, shardings
-        ),
-    )(shard(arrays(), mesh))
-    assert {k: x.sharding for k, x in state.bound.items()} == shardings
-    chex.assert_trees_all_equal(state.bound, jax.tree.map(np.zeros_like, arrays()))
-
-
 @pytest.mark.parametrize(
-    ("axis_type", "convention"),
-    [(AxisType.Auto, "paper"), (AxisType.Explicit, "torch")],
+    ("axis_type", "convention"), [(AUTO, "paper"), (EXPLICIT, "torch")]
 )
 def test_the_same_as_on_one_device(axis_type, convention):
     """Within a few units in the last place: XLA rounds shards of each shape otherwise.
@@ -188,69 +160,47 @@ def test_the_same_as_on_one_device(axis_type, convention):
     assert np.any(expected[1]["w"] != 0)
 
 
-@AXES
-@STATES
-def test_no_collective_in_the_compiled_update(axis_type, dtypes):
+@pytest.mark.parametrize(
+    ("axis_type", "in_context", "tx"),
+    [
+        (AUTO, True, adamodw(0.1)),
+        (AUTO, True, adamodw(0.1, **BFLOAT16)),
+        (AUTO, False, adamod(0.1, **FLOAT8)),
+        (AUTO, True, round_updates_stochastically()),
+        (EXPLICIT, False, adamodw(0.1, **BFLOAT16)),
+        (EXPLICIT, True, adamod(0.1, **FLOAT8)),
+        (EXPLICIT, True, round_updates_stochastically()),
+    ],
+    ids=lambda x: None if isinstance(x, tuple) else str(x),
+)
+@pytest.mark.usefixtures("quick_compilation")
+def test_devices_compute_their_shards_alone(axis_type, in_context, tx):
+    """Without collectives; of the random bits too, which come from the shape alone."""
     mesh = make_mesh(AXIS_NAMES, axis_type)
-    tx = adamodw(0.1, **dtypes)
-
-    def step(params, state, gradients):
-        updates, state = tx.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
-    with jax.set_mesh(mesh):
-        params = shard(arrays(), mesh)
-        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(
-            params, tx.init(params), params
-        )
-        text = lowered.compile().as_text()
-        # What is looked for is there to be found where parts are added up.
-        norm = jax.jit(optax.tree.norm).lower(params).compile().as_text()
-    assert bool(COLLECTIVE.search(norm)) == (COUNT > 1)
-    assert not COLLECTIVE.findall(text)
-
-
-@AXES
-@pytest.mark.parametrize("in_context", [True, False])
-def test_no_collective_in_8_bits_whatever_the_rows(axis_type, in_context):
-    """Of 96 rows each of 8 devices has 12, which are no whole tiles of 8."""
-    mesh = make_mesh(AXIS_NAMES, axis_type)
-    tx = adamod(0.1, **FLOAT8)
+    large = NamedSharding(mesh, P("data", "fsdp"))
     rows = NamedSharding(mesh, P(("data", "fsdp")))
     with jax.set_mesh(mesh) if in_context else contextlib.nullcontext():
-        params = jax.device_put(jnp.ones((96, 128)), rows)
-        state = jax.tree.map(
-            lambda x: jax.device_put(x, rows if x.ndim else NamedSharding(mesh, P())),
-            tx.init(params),
-        )
-        text = jax.jit(tx.update).lower(params, state).compile().as_text()
-    assert not COLLECTIVE.findall(text)
-
-
-@AXES
-@pytest.mark.parametrize(
-    "tx",
-    [adamod(0.1, **BFLOAT16), adamod(0.1, **FLOAT8), round_updates_stochastically()],
-    ids=["bfloat16", "8 bits", "parameters"],
-)
-def test_no_device_computes_more_than_its_shards(axis_type, tx):
-    """Of the random bits neither, which come from the shape alone."""
-    mesh = make_mesh(AXIS_NAMES, axis_type)
-    with jax.set_mesh(mesh):
-        sharding = NamedSharding(mesh, P("data", "fsdp"))
-        params = jax.device_put(jnp.ones((32, 1024), "bfloat16"), sharding)
-        updates, state = jax.device_put(jnp.ones((32, 1024)), sharding), tx.init(params)
-        lowered = jax.jit(tx.update).lower(updates, state, params)
+        params = optax.tree.cast(shard(arrays(), mesh), "bfloat16")
+        params["large"] = jax.device_put(jnp.ones((32, 1024), "bfloat16"), large)
+        # Each of 8 devices has 12, which are no whole tiles of 8.
+        params["rows"] = jax.device_put(jnp.ones((96, 128), "bfloat16"), rows)
+        gradients = optax.tree.cast(params, "float32")
+        lowered = jax.jit(tx.update).lower(gradients, tx.init(params), params)
         text = lowered.compile().as_text()
-    rows, columns = sharding.shard_shape((32, 1024))
-    assert f"[{rows},{columns}]" in text
-    assert ("[32,1024]" in text) == (COUNT == 1)
+        # What is looked for is there to be found where parts are added up.
+        norm = jax.jit(optax.tree.norm).lower(params["large"]).compile().as_text()
+    assert bool(COLLECTIVE.search(norm)) == (COUNT > 1)
+    assert not COLLECTIVE.findall(text)
+    assert "[{},{}]".format(*large.shard_shape((32, 1024))) in text
+    for whole in ("[32,1024]", "[96,128]"):
+        assert (whole in text) == (COUNT == 1)
 
 
 @pytest.mark.parametrize("devices", sorted({1, COUNT}))
+@pytest.mark.usefixtures("quick_compilation")
 def test_explicit_shards_outside_the_context_of_their_mesh(devices):
     """A mesh of one device is part of the type too."""
-    mesh = make_mesh(AXIS_NAMES, AxisType.Explicit, devices)
+    mesh = make_mesh(AXIS_NAMES, EXPLICIT, devices)
     sharding = NamedSharding(mesh, P("data", "fsdp"))
     params = jax.device_put(jnp.ones((32, 1024), "bfloat16"), sharding)
     tx = optax.chain(scale_by_adamod(**FLOAT8), round_updates_stochastically())
@@ -261,26 +211,21 @@ def test_explicit_shards_outside_the_context_of_their_mesh(devices):
 
 def test_ensemble_sharded_over_devices():
     """Eight members, shared out to the devices: each as if it were alone."""
-    mesh = make_mesh(AXIS_NAMES)
     tx = adamod(0.1, b3=0.9)
-    over = NamedSharding(mesh, P(("data", "fsdp")))
+    over = NamedSharding(make_mesh(AXIS_NAMES), P(("data", "fsdp")))
     members = [arrays(seed) for seed in range(8)]
     params = jax.device_put(jax.tree.map(lambda *x: np.stack(x), *members), over)
     state = jax.jit(jax.vmap(tx.init), out_shardings=over)(params)
-    update = jax.jit(jax.vmap(tx.update))
-    compiled = update.lower(params, state).compile()
-    assert not COLLECTIVE.findall(compiled.as_text())
-    for _ in range(3):
-        updates, state = update(params, state)
+    update = jax.jit(jax.vmap(tx.update)).lower(params, state).compile()
+    assert not COLLECTIVE.findall(update.as_text())
+    updates, state = update(params, state)
     for leaf in jax.tree.leaves((updates, state)):
         assert leaf.sharding.is_equivalent_to(over, leaf.ndim)
     one_update = jax.jit(tx.update)
     for i, member in enumerate(members):
-        one_state = tx.init(member)
-        for _ in range(3):
-            expected, one_state = one_update(member, one_state)
+        expected = one_update(member, tx.init(member))
         actual = jax.tree.map(lambda x, i=i: np.asarray(x)[i], (updates, state))
-        chex.assert_trees_all_close(actual, (expected, one_state), rtol=1e-6)
+        chex.assert_trees_all_close(actual, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("how", ["pmap", "shard_map"])
@@ -306,9 +251,10 @@ def test_data_parallel_replicas_stay_alike(how):
         )
     actual, state = jnp.asarray(params), tx.init(params)
     expected, one_state = params, tx.init(params)
+    one_update = jax.jit(tx.update)
     for g in gradients:
         actual, state = step(actual, state, g)
-        updates, one_state = tx.update(g.mean(axis=0), one_state, expected)
+        updates, one_state = one_update(g.mean(axis=0), one_state, expected)
         expected = optax.apply_updates(expected, updates)
     chex.assert_trees_all_close((actual, state), (expected, one_state), rtol=1e-5)
     for leaf in jax.tree.leaves((actual, state)):
@@ -318,7 +264,7 @@ def test_data_parallel_replicas_stay_alike(how):
             np.testing.assert_array_equal(copy, copies[0])
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@AXES
 def test_init_of_sharded_shapes_is_that_of_arrays(axis_type):
     """In 8 bits too, whose exponents have a shape of their own."""
     tx = scale_by_adamod(**FLOAT8)
@@ -326,11 +272,8 @@ def test_init_of_sharded_shapes_is_that_of_arrays(axis_type):
     with jax.set_mesh(mesh):
         sharding = NamedSharding(mesh, P("x"))
         params = jax.device_put(jnp.ones((2 * COUNT, 256)), sharding)
-        state = tx.init(
-            jax.ShapeDtypeStruct(params.shape, params.dtype, sharding=sharding)
-        )
-        expected = tx.init(params)
+        shape = jax.ShapeDtypeStruct(params.shape, params.dtype, sharding=sharding)
+        state, expected = tx.init(shape), tx.init(params)
         for a, b in zip(*map(jax.tree.leaves, (state, expected)), strict=True):
             assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
             assert jax.typeof(a) == jax.typeof(b)
-        jax.jit(tx.update)(params, state)
