@@ -5,6 +5,7 @@ shape of a shard. So equal bits are asked of one program on the same devices, of
 stored and restored, and of random bits; of all else a few units in the last place.
 """
 
+import re
 from typing import Any
 
 import chex
@@ -90,7 +91,25 @@ def rounded_to_nearest(
 
 BFLOAT16 = {f"{name}_dtype": "bfloat16" for name in ("mu", "nu", "bound")}
 FLOAT8 = {f"{name}_dtype": "float8" for name in ("mu", "nu", "bound")}
+# In a compiled program.
+COLLECTIVE = re.compile(
+    r"\b(all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|"
+    r"reduce-scatter)(-start)?\("
+)
 
 
 def noise(shape, seed=0):
     return jax.random.normal(jax.random.key(seed), shape)
+
+
+def trained(tx, params, steps=4):
+    """The last update and state, with noise as gradients, sharded as parameters."""
+    state, update = tx.init(params), jax.jit(tx.update)
+    updates = params
+    for step in range(steps):
+        gradients = jax.tree.map(
+            lambda p, step=step: jax.device_put(noise(p.shape, step), p.sharding),
+            params,
+        )
+        updates, state = update(gradients, state, params)
+    return updates, state

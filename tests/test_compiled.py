@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
 TARGETS = {
     "H100": "jax_cuda13_plugin",
     "v5e 16x16": "libtpu",
@@ -25,6 +24,7 @@ NARROW = (FLOAT8, "AdaMod, 7 bytes", "Adam, 8 bits")
 # One leaf of each model's shape, and trees of many.
 SHAPES = ("8192 x 8192", "50257 x 768", "16 x 2048 x 8192")
 TREES = (*SHAPES, "mixed", "16 equal leaves")
+LLAMA = ("Llama 3.2 1B",)
 pytestmark = pytest.mark.compiled
 
 
@@ -36,7 +36,7 @@ def compiled(target, trees, folder):
             sys.executable, "-m", "benchmarks.compiled", "--axes", "explicit",
             "--targets", target, "--trees", *trees, "--output", folder,
         ],
-        check=True, cwd=ROOT,
+        check=True, cwd=Path(__file__).parent.parent,
     )  # fmt: skip
     tables = json.loads((folder / "compiled.json").read_text())["tables"]
     assert len(tables) == len(trees)
@@ -48,11 +48,6 @@ def compiled(target, trees, folder):
     }
 
 
-def need(target):
-    if importlib.util.find_spec(TARGETS[target]) is None:
-        pytest.skip(f"{TARGETS[target]} is not installed; the group 'compiled' has it")
-
-
 @pytest.fixture(scope="module")
 def compilations(request, tmp_path_factory):
     """What the chosen tests need, at once as far as there are cores: each takes one."""
@@ -60,43 +55,39 @@ def compilations(request, tmp_path_factory):
     targets = {x.callspec.params["target"] for x in tests if hasattr(x, "callspec")}
     wanted = [(name, TREES) for name in TARGETS if name in targets]
     if any("llama" in x.fixturenames for x in tests):
-        wanted.append(("H100", ("Llama 3.2 1B",)))
+        wanted.append(("H100", LLAMA))
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {
+        futures = {
             key: pool.submit(compiled, *key, tmp_path_factory.mktemp("compiled"))
             for key in wanted
             if importlib.util.find_spec(TARGETS[key[0]]) is not None
         }
 
+        def facts(name, trees):
+            if (name, trees) not in futures:
+                pytest.skip(f"the group 'compiled' has {TARGETS[name]}, for {name}")
+            return futures[name, trees].result()
+
+        yield facts
+
 
 @pytest.fixture(scope="module", params=TARGETS)
 def target(request, compilations):
-    need(request.param)
-    return request.param, compilations[request.param, TREES].result()
+    return request.param, compilations(request.param, TREES)
 
 
 @pytest.fixture(scope="module")
 def llama(compilations):
     """146 leaves on an H100."""
-    need("H100")
-    name = "Llama 3.2 1B"
-    return compilations["H100", (name,)].result()[name]
+    return compilations("H100", LLAMA)[LLAMA[0]]
 
 
-def rows(facts):
-    return [(name, row) for tree in facts.values() for name, row in tree.items()]
-
-
-def test_no_collectives(target):
-    _, facts = target
-    assert {row["collectives"] for _, row in rows(facts)} == {0}
-
-
-def test_no_temporaries(target):
+def test_no_collectives_and_no_temporaries(target):
     """In 8 bits on an H100 the indices of rows and groups, as for all leaves alike."""
     name, facts = target
     for tree, found in facts.items():
         for optimizer, row in found.items():
+            assert row["collectives"] == 0, (tree, optimizer)
             narrow = optimizer in NARROW
             if narrow and tree == "16 equal leaves" and name != "H100":
                 continue  # long vectors, which a TPU pads to tiles of several rows
@@ -107,7 +98,8 @@ def test_no_temporaries(target):
                 assert row["temporaries"] <= room, (tree, optimizer)
 
 
-def test_no_more_kernels_than_adam(target):
+def test_kernels(target):
+    """No more than Adam's; in 8 bits one for the averages, and one for the update."""
     name, facts = target
     for tree in TREES:
         adam, adamod, bfloat16 = (facts[tree][x] for x in ("Adam", "AdaMod", BFLOAT16))
@@ -116,17 +108,16 @@ def test_no_more_kernels_than_adam(target):
         if name == "H100":  # where a scalar takes a kernel too
             scalars = "of scalars and indices"
             assert adamod[scalars] <= adam[scalars]
-
-
-def test_8_bits_take_two_kernels_a_leaf(target):
-    """One advances the averages in place, one updates the parameters by them."""
-    _, facts = target
-    for tree in SHAPES:
-        for optimizer in NARROW:
-            assert facts[tree][optimizer]["kernels"] == 2, (tree, optimizer)
-    # Some of whose leaves are vectors, which stay in float32, and one has heads of 128.
     for optimizer in NARROW:
+        for tree in SHAPES:
+            assert facts[tree][optimizer]["kernels"] == 2, (tree, optimizer)
+        # Some of whose leaves are vectors, in float32, and one has heads of 128.
         assert facts["mixed"][optimizer]["a leaf"] <= 3
+    for optimizer in facts["mixed"].keys() - set(NARROW):
+        # Equal leaves have one kernel to compile, with random bits of their own too.
+        row, mixed = (facts[x][optimizer] for x in ("16 equal leaves", "mixed"))
+        assert (optimizer, row["kernels"], row["kinds"]) == (optimizer, 16, 1)
+        assert (optimizer, mixed["kinds"]) == (optimizer, mixed["kernels"])
 
 
 def test_146_leaves_in_8_bits_have_little_to_compile(llama):
@@ -138,17 +129,6 @@ def test_146_leaves_in_8_bits_have_little_to_compile(llama):
         assert row["kinds"] <= 16
         assert row["temporaries"] <= 0.05
     assert llama[BFLOAT16]["kernels"] == llama["Adam"]["kernels"] == 146
-
-
-def test_equal_leaves_have_one_kernel_to_compile(target):
-    """With random bits of their own too."""
-    _, facts = target
-    for name, row in facts["16 equal leaves"].items():
-        if name not in NARROW:
-            assert (name, row["kernels"], row["kinds"]) == (name, 16, 1)
-    for name, row in facts["mixed"].items():
-        if name not in NARROW:  # whose exponents may have one shape in two leaves
-            assert (name, row["kinds"]) == (name, row["kernels"])
 
 
 def test_bytes_a_parameter(target):

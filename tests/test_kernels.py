@@ -3,8 +3,6 @@
 On a CPU they run interpreted; on a GPU or TPU its own runs compiled.
 """
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -14,11 +12,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from helpers import COUNT, FLOAT8, make_mesh, noise
+from helpers import COLLECTIVE, COUNT, FLOAT8, make_mesh, noise
 from optax_adamod import _kernels, adamod, scale_by_adamod
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-FORMS = pytest.mark.parametrize("form", ["gpu", "tpu"])
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+BOTH = P(None, ("x", "y"))
 
 
 def steps(form, tx, gradients):
@@ -35,9 +34,8 @@ def steps(form, tx, gradients):
 def assert_same_codes(actual, expected):
     """Fused multiply-adds may turn one code of 10,000, by one."""
     far = total = 0
-    for a, b in zip(
-        *map(jax.tree.leaves, jax.device_get((actual, expected))), strict=True
-    ):
+    leaves = map(jax.tree.leaves, jax.device_get((actual, expected)))
+    for a, b in zip(*leaves, strict=True):
         assert a.shape == b.shape
         if a.dtype in (np.int8, np.uint8):
             apart = np.abs(a.astype(int) - b.astype(int))
@@ -47,17 +45,16 @@ def assert_same_codes(actual, expected):
     assert far <= 1e-4 * total + 1
 
 
+SCHEDULE = optax.linear_schedule(0.1, 0.0, 3)
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype", "settings"),
     [
         ((1, 128), "bfloat16", {"nesterov": True}),
         # The last blocks reach beyond; exponents lie transposed on a TPU.
-        ((2, 257, 384), "float32", {"convention": "torch"}),
-        (
-            (2, 1, 3, 128),
-            "float32",
-            {"b3": 0.0, "learning_rate": optax.linear_schedule(0.1, 0.0, 3)},
-        ),
+        ((130, 384), "float32", {"convention": "torch"}),
+        ((2, 1, 3, 128), "float32", {"b3": 0.0, "learning_rate": SCHEDULE}),
         ((2, 40 * 128), "bfloat16", {"b1": 0.0, "eps_root": 1e-8}),
     ],
     ids=["one group", "blocks", "adam", "long rows"],
@@ -68,12 +65,12 @@ def test_codes_are_those_of_xla(shape, dtype, settings):
         del settings["bound_dtype"]
     tx = adamod(**settings)
     gradients = [noise(shape, i).astype(dtype) for i in range(3)]
-    *_, expected = steps("xla", tx, gradients)
+    *_, (expected, expected_state) = steps("xla", tx, gradients)
     for form in ("gpu", "tpu"):
-        *_, actual = steps(form, tx, gradients)
-        assert_same_codes(actual[1], expected[1])
-        assert actual[0].dtype == dtype
-        far = np.abs(actual[0].astype("float32") - expected[0].astype("float32")) > 1e-4
+        *_, (actual, state) = steps(form, tx, gradients)
+        assert_same_codes(state, expected_state)
+        assert actual.dtype == dtype
+        far = np.abs(actual.astype("float32") - expected.astype("float32")) > 1e-4
         assert np.mean(far) <= 2e-4
 
 
@@ -86,9 +83,10 @@ def test_extreme_gradients():
         for bad in (special, spoiled)
         for x in (g.at[0, : len(bad)].set(jnp.asarray(bad)), g, zero)
     ]
-    expected = list(steps("xla", adamod(0.1, b3=0.9, **FLOAT8), gradients))
+    tx = adamod(0.1, b3=0.9, **FLOAT8)
+    expected = list(steps("xla", tx, gradients))
     for form in ("gpu", "tpu"):
-        actual = list(steps(form, adamod(0.1, b3=0.9, **FLOAT8), gradients))
+        actual = list(steps(form, tx, gradients))
         for i in (2, 5):  # the last before the spoiled, and after
             assert_same_codes(actual[i][1], expected[i][1])
             is_nan = np.isnan(actual[i][0])
@@ -96,13 +94,9 @@ def test_extreme_gradients():
             assert is_nan[0].all() == (i == 5)
 
 
-AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
-BOTH = P(None, ("x", "y"))
-
-
-@functools.cache
+@pytest.fixture(scope="module")
 def on_one_device():
-    """What the form of XLA makes of two gradients."""
+    """Two gradients, and what the form of XLA makes of them."""
     gradients = [noise((16, 1024), i) for i in range(2)]
     *_, (_, state) = steps("xla", adamod(0.1, b3=0.9, **FLOAT8), gradients)
     return gradients, state
@@ -121,9 +115,9 @@ def on_one_device():
     ],
     ids=str,
 )
-def test_sharded_codes_are_those_of_one_device(form, types, spec):
+def test_sharded_codes_are_those_of_one_device(on_one_device, form, types, spec):
     tx = adamod(0.1, b3=0.9, **FLOAT8)
-    gradients, expected = on_one_device()
+    gradients, expected = on_one_device
     mesh = make_mesh(("x", "y"), types)
     with jax.set_mesh(mesh), _kernels.forced(form):
         sharding = NamedSharding(mesh, spec)
@@ -135,8 +129,7 @@ def test_sharded_codes_are_those_of_one_device(form, types, spec):
     assert_same_codes(state, expected)
     for leaf in jax.tree.leaves(state[0][1:]):
         assert leaf.sharding.is_equivalent_to(sharding, 2)
-    for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
-        assert f"{collective}(" not in update.as_text()
+    assert not COLLECTIVE.findall(update.as_text())
 
 
 def test_shards_that_cut_groups_are_put_together():
@@ -163,21 +156,21 @@ def test_inside_shard_map_and_pmap(how):
         def one_step(g):
             return tx.update(g, tx.init(g))[1].bound.codes
 
+        sharded = jax.shard_map(
+            one_step, mesh=make_mesh(("x",)), in_specs=P("x"), out_specs=P("x"),
+            # Interpreted kernels do not follow varying axes; compiled ones do.
+            check_vma=how != "shard_map",
+        )  # fmt: skip
         with _kernels.forced(form):
             if how == "pmap":
                 return jax.pmap(one_step)(noise((COUNT, 2, 256)))
-            f = jax.shard_map(
-                one_step, mesh=make_mesh(("x",)), in_specs=P("x"), out_specs=P("x"),
-                # Interpreted kernels do not follow varying axes; compiled ones do.
-                check_vma=how != "shard_map",
-            )  # fmt: skip
             if how == "shard_map":
-                return jax.jit(f)(noise((16, 256)))
-            return jax.jit(jax.vmap(f))(noise((2, 16, 256)))
+                return jax.jit(sharded)(noise((16, 256)))
+            return jax.jit(jax.vmap(sharded))(noise((2, 16, 256)))
 
     expected = run("xla")
     # Members of vmap run the form of XLA.
-    for form in ("gpu",) if "vmap" in how else ("gpu", "tpu"):
+    for form in ("gpu", "tpu") if how == "shard_map" else ("gpu",):
         assert_same_codes(run(form), expected)
 
 
@@ -187,12 +180,12 @@ def test_scan_cond_checkpoint_and_donation():
 
     def run(form):
         update = jax.checkpoint(lambda state: tx.update(g, state, g)[1])
-        many = jax.jit(
-            lambda s: jax.lax.scan(lambda s, _: (update(s), None), s, None, 4)[0],
-            donate_argnums=0,
-        )
+
+        def four_steps(state):
+            return jax.lax.fori_loop(0, 4, lambda _, s: update(s), state)
+
         with _kernels.forced(form):
-            return many(tx.init(g))
+            return jax.jit(four_steps, donate_argnums=0)(tx.init(g))
 
     expected = run("xla")
     for form in ("gpu", "tpu"):
@@ -200,28 +193,32 @@ def test_scan_cond_checkpoint_and_donation():
 
 
 def test_vmap_and_derivatives_are_those_of_xla():
-    """Whatever the kernel, for there are no others."""
     tx = adamod(0.1, b3=0.5, **FLOAT8)
     g = noise((3, 2, 128))
 
+    def member(g):
+        return tx.update(g, tx.init(g))
+
+    def loss(scale):
+        return jnp.sum(member(scale * g[0])[0] ** 2)
+
     def run(form):
-        def member(g):
-            return tx.update(g, tx.init(g))
-
-        def loss(scale):
-            return jnp.sum(member(scale * g[0])[0] ** 2)
-
         with _kernels.forced(form):
-            members = jax.jit(jax.vmap(member))(g)
-            return members, [f(loss)(1.5) for f in (jax.grad, jax.jacfwd)]
+            return jax.jit(
+                lambda: (
+                    jax.vmap(member)(g),
+                    jax.grad(loss)(1.5),
+                    jax.jacfwd(loss)(1.5),
+                )
+            )()
 
-    (actual, slopes), (expected, expected_slopes) = run("gpu"), run("xla")
+    (actual, *slopes), (expected, *expected_slopes) = run("gpu"), run("xla")
     assert_same_codes(actual, expected)
     chex.assert_trees_all_close(slopes, expected_slopes, rtol=1e-2)
     assert slopes[0] != 0
 
 
-@FORMS
+@pytest.mark.parametrize("form", ["gpu", "tpu"])
 def test_which_form_runs(monkeypatch, form):
     """XLA's on older GPUs, and of averages of which one is not in 8 bits."""
     g = noise((2, 128))
@@ -229,9 +226,8 @@ def test_which_form_runs(monkeypatch, form):
     def has_kernel(**dtypes):
         tx = scale_by_adamod(**dtypes)
         with _kernels.forced(form):
-            return "pallas_call" in str(
-                jax.make_jaxpr(lambda g: tx.update(g, tx.init(g)))(g)
-            )
+            text = jax.make_jaxpr(lambda g: tx.update(g, tx.init(g)))(g)
+        return "pallas_call" in str(text)
 
     assert has_kernel(**FLOAT8)
     assert not has_kernel(mu_dtype="float8", bound_dtype="float8")

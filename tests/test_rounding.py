@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from helpers import (
     BFLOAT16,
     COUNT,
     FLOAT8,
-    assert_equal_but_for_few_roundings,
     make_mesh,
     noise,
     rounded_to_nearest,
@@ -143,14 +142,10 @@ def test_the_mean_of_a_leaf_is_as_quiet_as_that_of_independent_coordinates():
 
 
 def test_bits_do_not_depend_on_how_they_are_computed():
-    shape = (24, 40)
-    eager = random_bits(shape, 5, 2)
-    sharding = NamedSharding(make_mesh(("x",)), P("x"))
-    for out_shardings in (None, sharding):
-        jitted = jax.jit(
-            lambda count: random_bits(shape, count, 2), out_shardings=out_shardings
-        )(5)
-        chex.assert_trees_all_equal(jitted, eager)
+    eager = random_bits((24, 40), 5, 2)
+    for sharding in (None, NamedSharding(make_mesh(("x",)), P("x"))):
+        jitted = jax.jit(lambda n: random_bits((24, 40), n, 2), out_shardings=sharding)
+        chex.assert_trees_all_equal(jitted(5), eager)
 
 
 @pytest.mark.parametrize(
@@ -164,15 +159,11 @@ def test_bits_do_not_depend_on_how_they_are_computed():
 )
 def test_bits_of_huge_leaves_do_not_repeat(shape, windows):
     def window(start):
-        sizes = [min(8 if len(shape) == 2 else 64, n) for n in shape]
-        stops = [min(a + b, n) for a, b, n in zip(start, sizes, shape, strict=True)]
-        cut = tuple(map(slice, start, stops))
+        cut = tuple(slice(a, a + 64 // 8 ** (len(shape) - 1)) for a in start)
+        bits = jax.jit(lambda: random_bits(shape, 1, 0, 20)[2][cut]).lower().compile()
         # XLA computes the window alone: the whole would be gigabytes.
-        compiled = (
-            jax.jit(lambda: random_bits(shape, 1, 0, 20)[2][cut]).lower().compile()
-        )
-        assert compiled.memory_analysis().temp_size_in_bytes < 2**20
-        return np.asarray(compiled()).ravel()
+        assert bits.memory_analysis().temp_size_in_bytes < 2**20
+        return np.asarray(bits()).ravel()
 
     for a, b in itertools.combinations(map(window, windows), 2):
         n = min(len(a), len(b))
@@ -229,55 +220,14 @@ def test_derivatives_are_those_of_float32(dtypes):
     def derivative(**dtypes):
         tx = adamod(1.0, b3=0.5, **dtypes)
         _, state = tx.update(first, tx.init(first))
-        return jax.jit(jax.jacfwd(lambda scale: tx.update(scale * first, state)[0]))(
-            -0.5
-        )
+        slope = jax.jacfwd(lambda scale: tx.update(scale * first, state)[0])
+        return jax.jit(slope)(-0.5)
 
     exact, actual = derivative(), derivative(**dtypes)
     assert np.all(np.abs(exact) > 0.1)
     rtol = 0.3 if "float8" in dtypes.values() else 0.02
     chex.assert_trees_all_close(actual, exact, rtol=rtol)
     assert not np.array_equal(actual, exact)
-
-
-def test_half_precision_parameters_do_not_stall():
-    """To nearest, mu would stop where 0.1 (g - mu) is half a unit in its last place."""
-    gradients = jnp.full(4096, 1.5, jnp.bfloat16)
-    tx = scale_by_adamod()
-    state = tx.init(gradients)
-    update = jax.jit(tx.update)
-    for _ in range(150):
-        _, state = update(gradients, state)
-    assert state.mu.dtype == jnp.bfloat16
-    assert abs(state.mu.astype(jnp.float32).mean() / 1.5 - 1) < 1e-3
-
-
-@pytest.mark.parametrize(
-    ("axis_type", "spec"),
-    [(AxisType.Explicit, P("x", "y")), (AxisType.Auto, P(None, ("x", "y")))],
-    ids=str,
-)
-def test_sharded_updates_are_rounded_by_the_same_bits(axis_type, spec):
-    tx = adamod(0.1, **BFLOAT16)
-
-    def train(params):
-        state, update = tx.init(params), jax.jit(tx.update)
-        for step in range(4):
-            gradients = jax.tree.map(
-                lambda p, step=step: jax.device_put(noise(p.shape, step), p.sharding),
-                params,
-            )
-            updates, state = update(gradients, state)
-        return updates, state
-
-    params = {"w": jnp.ones((8, 16)), "v": jnp.ones((8, 16))}
-    mesh = make_mesh(("x", "y"), axis_type)
-    with jax.set_mesh(mesh):
-        sharding = NamedSharding(mesh, spec)
-        actual = train(jax.device_put(params, sharding))
-        for leaf in jax.tree.leaves((actual[0], actual[1][0][1:])):
-            assert leaf.sharding.is_equivalent_to(sharding, 2)
-    assert_equal_but_for_few_roundings(actual, train(params))
 
 
 @pytest.mark.parametrize("dtypes", [{"bound_dtype": "bfloat16"}, FLOAT8], ids=str)
@@ -290,16 +240,16 @@ def test_shards_and_members_round_by_bits_of_their_own(dtypes):
     def bound(g):
         return getattr(bound := tx.update(g, tx.init(g))[1].bound, "codes", bound)
 
-    def agreement(codes):
-        """How often two of 8 equal leaves are rounded alike."""
-        members = np.asarray(codes, np.float64).reshape(8, -1)
+    def agreement(codes, n=8):
+        """How often two of some equal leaves are rounded alike."""
+        members = np.asarray(codes, np.float64).reshape(n, -1)
         same = members[:, None] == members[None]
-        return same[~np.eye(8, dtype=bool)].mean()
+        return same[~np.eye(n, dtype=bool)].mean()
 
     def sharded(spec, g):
-        return jax.jit(
-            jax.shard_map(bound, mesh=make_mesh(("x",)), in_specs=spec, out_specs=spec)
-        )(g)
+        mesh = make_mesh(("x",))
+        f = jax.shard_map(bound, mesh=mesh, in_specs=spec, out_specs=spec)
+        return jax.jit(f)(g)
 
     members = jnp.stack([g] * 8)
     assert agreement(jax.jit(jax.vmap(bound))(members)) < 0.9
@@ -310,8 +260,8 @@ def test_shards_and_members_round_by_bits_of_their_own(dtypes):
     chex.assert_trees_all_close(*jax.device_get((replicas, alone)), rtol=0.2)
     for copy in replicas.addressable_shards:
         np.testing.assert_array_equal(copy.data, replicas)
-    if COUNT == 8:
-        assert agreement(sharded(P("x"), jnp.tile(g, (8, 1)))) < 0.9
+    if COUNT > 1:
+        assert agreement(sharded(P("x"), jnp.tile(g, (COUNT, 1))), COUNT) < 0.9
 
 
 def trajectory(steps, coordinates, sigma, wrap=lambda tx: tx, **settings):
