@@ -30,6 +30,8 @@ pytestmark = pytest.mark.compiled
 
 def compiled(target, trees, folder):
     """Returns the facts: rows by tree and optimizer, of explicit mesh axes on pods."""
+    if importlib.util.find_spec(TARGETS[target]) is None:
+        pytest.skip(f"{TARGETS[target]} is not installed; the group 'compiled' has it")
     # In a process of its own, since libtpu is configured by the environment.
     subprocess.run(
         [
@@ -52,34 +54,27 @@ def compiled(target, trees, folder):
 def compilations(request, tmp_path_factory):
     """What the chosen tests need, at once as far as there are cores: each takes one."""
     tests = [x for x in request.session.items if x.path == request.path]
-    targets = {x.callspec.params["target"] for x in tests if hasattr(x, "callspec")}
-    wanted = [(name, TREES) for name in TARGETS if name in targets]
-    if any("llama" in x.fixturenames for x in tests):
-        wanted.append(("H100", LLAMA))
+    wanted = {
+        ("H100", LLAMA) if "llama" in x.fixturenames
+        else (x.callspec.params["target"], TREES)
+        for x in tests
+    }  # fmt: skip
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        futures = {
+        yield {
             key: pool.submit(compiled, *key, tmp_path_factory.mktemp("compiled"))
             for key in wanted
-            if importlib.util.find_spec(TARGETS[key[0]]) is not None
         }
-
-        def facts(name, trees):
-            if (name, trees) not in futures:
-                pytest.skip(f"the group 'compiled' has {TARGETS[name]}, for {name}")
-            return futures[name, trees].result()
-
-        yield facts
 
 
 @pytest.fixture(scope="module", params=TARGETS)
 def target(request, compilations):
-    return request.param, compilations(request.param, TREES)
+    return request.param, compilations[request.param, TREES].result()
 
 
 @pytest.fixture(scope="module")
 def llama(compilations):
     """146 leaves on an H100."""
-    return compilations("H100", LLAMA)[LLAMA[0]]
+    return compilations["H100", LLAMA].result()[LLAMA[0]]
 
 
 def test_no_collectives_and_no_temporaries(target):

@@ -12,7 +12,7 @@ from flax import nnx, serialization
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from helpers import COUNT, FLOAT8, make_mesh, noise, trained
+from helpers import COUNT, FLOAT8, assert_same_codes, make_mesh, noise, trained
 from optax_adamod import (
     Float8Array,
     adamod,
@@ -73,18 +73,6 @@ def test_a_byte_for_each_average(asked, factory, settings):
         chex.assert_trees_all_equal(rates.adaptive, rates.bounded)
 
 
-def test_exponents_that_a_mesh_does_not_divide_are_replicated():
-    sharding = NamedSharding(make_mesh(("x",)), P(None, "x"))
-    params = jax.device_put(PARAMS["w"], sharding)
-    tx = adamod(0.1, **FLOAT8)
-    state = tx.init(params)[0]
-    assert state.nu.codes.sharding.is_equivalent_to(sharding, 2)
-    assert state.nu.exponents.sharding.is_fully_replicated
-    updates, _ = trained(tx, params, steps=2)
-    expected, _ = trained(tx, PARAMS["w"], steps=2)
-    np.testing.assert_allclose(updates, expected, rtol=1e-4)
-
-
 def test_adam_state_and_diagnostics():
     params = {"w": noise((4, 128)), "b": jnp.ones(3)}
     _, adam_state = trained(optax.adam(0.1), params)
@@ -105,9 +93,10 @@ def test_adam_state_and_diagnostics():
     model = nnx.Linear(8, 128, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     optimizer.update(model, nnx.state(model, nnx.Param))
-    for read in (optimizer.opt_state, nnx.state(optimizer)):
-        rates = learning_rates(read, 0.1)
-        np.testing.assert_allclose(rates.bounded["kernel"], 0.1, rtol=0.3)
+    reads = optimizer.opt_state, nnx.state(optimizer)
+    rates, of_fields = (learning_rates(x, 0.1).bounded["kernel"][...] for x in reads)
+    assert rates.shape == (8, 128)
+    np.testing.assert_array_equal(of_fields, rates)
 
 
 def test_bad_input():
@@ -208,7 +197,4 @@ def test_orbax(tmp_path):
     expected = update(params, state, params)
     chex.assert_trees_all_equal(update(params, mapped, params), expected)
     _, after = update(put(params, fewer), restored, put(params, fewer))
-    for a, b in zip(*map(jax.tree.leaves, (after, expected[1])), strict=True):
-        apart = np.abs(np.asarray(a, int) - np.asarray(b, int))
-        assert apart.max() <= 1
-        assert apart.sum() <= 1e-4 * apart.size + 1
+    assert_same_codes(after, expected[1])

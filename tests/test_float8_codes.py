@@ -84,25 +84,19 @@ def test_every_magnitude_and_nan(signed):
 
 
 def test_gradients_whose_squares_overflow_take_no_large_steps():
-    """Nor do they when the gradients are small again."""
-    gradients = jnp.asarray([1e19, 1e25, -1e30, 3e38])[:, None]
+    """Nor do they when the gradients are small again; those that are NaN stay so."""
     tx = scale_by_adamod(b3=0.9, **FLOAT8)
-    state, update = tx.init(jnp.ones((4, 128))), jax.jit(tx.update)
-    for g in (gradients, 1.0, gradients, 1.0, 1e-3):
-        updates, state = update(jnp.broadcast_to(g, (4, 128)), state)
-        assert np.all(np.abs(updates) < 7.3)
-
-
-def test_averages_of_nan_are_nan_and_stay_so():
-    tx = scale_by_adamod(**FLOAT8)
-    update = jax.jit(tx.update)
-    g = jnp.ones((4, 256))
-    bad = g.at[1:, 130].set(jnp.asarray([jnp.nan, jnp.inf, -jnp.inf]))
-    _, state = update(bad, tx.init(g))
-    updates, _ = update(g, state)
-    expected = np.zeros((4, 256), bool)
-    expected[1:, 128:] = True  # their groups
-    np.testing.assert_array_equal(np.isnan(updates), expected)
+    ones = jnp.ones((7, 256))
+    large = jnp.asarray([1e19, 1e25, -1e30, 3e38])[:, None]
+    large = ones.at[:4].set(large)
+    large = large.at[4:, 130].set(jnp.asarray([jnp.nan, jnp.inf, -jnp.inf]))
+    is_bad = np.zeros((7, 256), bool)
+    is_bad[4:, 128:] = True  # their groups
+    state, update = tx.init(ones), jax.jit(tx.update)
+    for g in (large, ones, large, ones, 1e-3 * ones):
+        updates, state = update(g, state)
+        np.testing.assert_array_equal(np.isnan(updates), is_bad)
+        assert np.all(np.abs(updates)[~is_bad] < 7.3)
 
 
 def test_quantize_is_to_nearest():
@@ -155,8 +149,9 @@ def test_coordinates_without_gradients_loosen_no_bound(form, eps):
     assert ratio.min() > 0.8
     assert ratio.max() < 1.25
     # Without gradients a bound is that of a neighbour, at most doubled.
-    largest = jnp.max(jnp.where(awake, expected, 0), axis=1)[:2]
-    assert jnp.all(bound[:2, 5] <= 2.5 * largest)
+    largest = jnp.max(jnp.where(awake, expected, 0)[:2, :128], axis=1)
+    assert jnp.all(bound[:2, 5] > 0.8 * largest)
+    assert jnp.all(bound[:2, 5] < 2.5 * largest)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 On a CPU they run interpreted; on a GPU or TPU its own runs compiled.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from helpers import COLLECTIVE, COUNT, FLOAT8, make_mesh, noise
+from helpers import COLLECTIVE, COUNT, FLOAT8, assert_same_codes, make_mesh, noise
 from optax_adamod import _kernels, adamod, scale_by_adamod
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -29,20 +28,6 @@ def steps(form, tx, gradients):
         for g in gradients:
             updates, state = update(g, state)
             yield updates, state
-
-
-def assert_same_codes(actual, expected):
-    """Fused multiply-adds may turn one code of 10,000, by one."""
-    far = total = 0
-    leaves = map(jax.tree.leaves, jax.device_get((actual, expected)))
-    for a, b in zip(*leaves, strict=True):
-        assert a.shape == b.shape
-        if a.dtype in (np.int8, np.uint8):
-            apart = np.abs(a.astype(int) - b.astype(int))
-            assert apart.max() <= 1
-            far, total = far + np.sum(apart), total + apart.size
-    assert total > 0
-    assert far <= 1e-4 * total + 1
 
 
 SCHEDULE = optax.linear_schedule(0.1, 0.0, 3)
@@ -77,12 +62,9 @@ def test_codes_are_those_of_xla(shape, dtype, settings):
 def test_extreme_gradients():
     g, zero = noise((2, 128)), jnp.zeros((2, 128))
     special = [0.0, -0.0, 1e-42, 1e-30, 3e38, -3e38, 1e19, -1e-19]
-    spoiled = [*special, jnp.nan, jnp.inf, -jnp.inf]
-    gradients = [
-        x
-        for bad in (special, spoiled)
-        for x in (g.at[0, : len(bad)].set(jnp.asarray(bad)), g, zero)
-    ]
+    special = g.at[0, :8].set(jnp.asarray(special))
+    spoiled = special.at[0, 8:11].set(jnp.asarray([jnp.nan, jnp.inf, -jnp.inf]))
+    gradients = [special, g, zero, spoiled, g, zero]
     tx = adamod(0.1, b3=0.9, **FLOAT8)
     expected = list(steps("xla", tx, gradients))
     for form in ("gpu", "tpu"):
@@ -190,32 +172,6 @@ def test_scan_cond_checkpoint_and_donation():
     expected = run("xla")
     for form in ("gpu", "tpu"):
         assert_same_codes(run(form), expected)
-
-
-def test_vmap_and_derivatives_are_those_of_xla():
-    tx = adamod(0.1, b3=0.5, **FLOAT8)
-    g = noise((3, 2, 128))
-
-    def member(g):
-        return tx.update(g, tx.init(g))
-
-    def loss(scale):
-        return jnp.sum(member(scale * g[0])[0] ** 2)
-
-    def run(form):
-        with _kernels.forced(form):
-            return jax.jit(
-                lambda: (
-                    jax.vmap(member)(g),
-                    jax.grad(loss)(1.5),
-                    jax.jacfwd(loss)(1.5),
-                )
-            )()
-
-    (actual, *slopes), (expected, *expected_slopes) = run("gpu"), run("xla")
-    assert_same_codes(actual, expected)
-    chex.assert_trees_all_close(slopes, expected_slopes, rtol=1e-2)
-    assert slopes[0] != 0
 
 
 @pytest.mark.parametrize("form", ["gpu", "tpu"])

@@ -29,12 +29,10 @@ def own_bytes():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_soak(dtype):
     """Non-finite gradients, sleeping coordinates that wake, and a count that ends."""
-    tx = optax.apply_if_finite(
-        adamod(1e-3, mu_dtype=dtype, nu_dtype=dtype, bound_dtype=dtype), 1000
-    )
+    dtypes = {f"{name}_dtype": dtype for name in ("mu", "nu", "bound")}
+    tx = optax.apply_if_finite(adamod(1e-3, **dtypes), 1000)
     params = {"w": jnp.zeros((4, 8)), "b": jnp.zeros(8)}
     asleep = 5000  # steps that half of the coordinates sleep, and then are awake
-
     chex.clear_trace_counter()  # which knows functions by name
 
     @chex.assert_max_traces(n=1)
@@ -49,9 +47,8 @@ def test_soak(dtype):
         return optax.apply_updates(params, updates), state
 
     step = jax.jit(step, donate_argnums=(0, 1))
-    state = tx.init(params)
     start = jnp.asarray(LARGEST - UPDATES // 2, jnp.int32)
-    state = optax.tree.set(state, count=start)
+    state = optax.tree.set(tx.init(params), count=start)
     memory, arrays = [], []
     gc.collect()  # arrays of other tests
     for i in range(UPDATES):
@@ -64,10 +61,9 @@ def test_soak(dtype):
     chex.assert_tree_all_finite((params, state))
     bad = sum(i % 997 == 7 or i % 1009 == 8 for i in range(UPDATES))
     assert bad > 190
-    assert state.total_notfinite == bad
-    assert state.notfinite_count == 0
+    assert (state.total_notfinite, state.notfinite_count) == (bad, 0)
     assert optax.tree.get(state, "count") == LARGEST
-    # Flat once the first tenth has warmed up what there is to warm up.
+    # Flat once the first tenth has warmed up.
     assert len(set(arrays[1:])) == 1
     # A hundred bytes an update; the system may add a few pages of 2 MB by itself.
     assert memory[-1] - memory[1] < 100 * 0.8 * UPDATES
