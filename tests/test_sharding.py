@@ -27,6 +27,7 @@ from optax_adamod import (
     scale_by_adamod,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 SPECS = {"w": P("data", "fsdp"), "v": P(None, "fsdp"), "b": P("fsdp"), "scale": P()}
 SHAPES = {"w": (8, 16), "v": (3, 8), "b": (12,), "scale": ()}
 DTYPES = {"w": "float16", "v": "bfloat16", "b": "float32", "scale": "float32"}
@@ -101,12 +102,11 @@ def test_init_keeps_the_kind_of_memory(sharded):
 @pytest.mark.parametrize(
     ("axis_type", "settings"),
     [
-        (AUTO, {}),
-        (EXPLICIT, {"convention": "torch"}),
-        (AUTO, {"convention": "torch", **BFLOAT16}),
-        (EXPLICIT, BFLOAT16),
+        (AUTO, {"convention": "torch"}),
+        (EXPLICIT, {}),
+        (EXPLICIT, {"convention": "torch", **BFLOAT16}),
     ],
-    ids=["auto", "explicit-torch", "auto-torch-bfloat16", "explicit-bfloat16"],
+    ids=["auto-torch", "explicit", "explicit-torch-bfloat16"],
 )
 def test_the_same_as_on_one_device(axis_type, settings):
     """Within a few units in the last place: XLA rounds shards of each shape otherwise.
@@ -128,7 +128,6 @@ def test_the_same_as_on_one_device(axis_type, settings):
 @pytest.mark.parametrize(
     ("axis_type", "in_context", "tx"),
     [
-        (AUTO, True, adamodw(0.1)),
         (AUTO, True, adamodw(0.1, **BFLOAT16)),
         (AUTO, False, adamod(0.1, **FLOAT8)),
         (AUTO, True, round_updates_stochastically()),
@@ -138,14 +137,14 @@ def test_the_same_as_on_one_device(axis_type, settings):
     ],
     ids=lambda x: None if isinstance(x, tuple) else str(x),
 )
-@pytest.mark.usefixtures("quick_compilation")
 def test_devices_compute_their_shards_alone(axis_type, in_context, tx):
     """Without collectives; of the random bits too, which come from the shape alone."""
     mesh = make_mesh(AXIS_NAMES, axis_type)
     large = NamedSharding(mesh, P("data", "fsdp"))
     rows = NamedSharding(mesh, P(("data", "fsdp")))
     with jax.set_mesh(mesh) if in_context else contextlib.nullcontext():
-        params = optax.tree.cast(shard(arrays(), mesh), "bfloat16")
+        small = {k: x for k, x in arrays().items() if k in ("b", "scale")}
+        params = optax.tree.cast(shard(small, mesh), "bfloat16")
         params["large"] = jax.device_put(jnp.ones((32, 1024), "bfloat16"), large)
         # Each of 8 devices has 12, which are no whole tiles of 8.
         params["rows"] = jax.device_put(jnp.ones((96, 128), "bfloat16"), rows)
@@ -162,7 +161,6 @@ def test_devices_compute_their_shards_alone(axis_type, in_context, tx):
 
 
 @pytest.mark.parametrize("devices", sorted({1, COUNT}))
-@pytest.mark.usefixtures("quick_compilation")
 def test_explicit_shards_outside_the_context_of_their_mesh(devices):
     """A mesh of one device is part of the type too."""
     mesh = make_mesh(AXIS_NAMES, EXPLICIT, devices)
