@@ -92,7 +92,7 @@ def test_adam_state_and_diagnostics():
     assert held_by_bound(rates).share["w"] > 0.9
     model = nnx.Linear(8, 128, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    optimizer.update(model, nnx.state(model, nnx.Param))
+    nnx.jit(lambda m, o: o.update(m, nnx.state(m, nnx.Param)))(model, optimizer)
     reads = optimizer.opt_state, nnx.state(optimizer)
     rates, of_fields = (learning_rates(x, 0.1).bounded["kernel"][...] for x in reads)
     assert rates.shape == (8, 128)

@@ -107,6 +107,10 @@ def test_quantize_is_to_nearest():
     np.testing.assert_allclose(x.dequantize(), numbers, rtol=2**-4, atol=1e-5)
     assert (x.shape, x.ndim, x.size, x.nbytes) == ((3, 256), 2, 768, 774)
     assert repr(x) == "Float8Array(signed float8[3,256], an exponent for each 128)"
+    for bad in (jnp.nan, jnp.inf, -jnp.inf):
+        spoiled = quantize(numbers.at[1, 130].set(bad), signed=True).dequantize()
+        assert jnp.isnan(spoiled[1, 128:]).all()
+        assert jnp.isfinite(spoiled[::2]).all()
     with pytest.raises(TypeError, match="real numbers"):
         Float8Array.quantize(jnp.ones(128, jnp.complex64), signed=True)
     with pytest.raises(ValueError, match="multiple of 128"):
