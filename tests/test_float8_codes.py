@@ -107,8 +107,9 @@ def test_quantize_is_to_nearest():
     np.testing.assert_allclose(x.dequantize(), numbers, rtol=2**-4, atol=1e-5)
     assert (x.shape, x.ndim, x.size, x.nbytes) == ((3, 256), 2, 768, 774)
     assert repr(x) == "Float8Array(signed float8[3,256], an exponent for each 128)"
-    for bad in (jnp.nan, jnp.inf, -jnp.inf):
-        spoiled = quantize(numbers.at[1, 130].set(bad), signed=True).dequantize()
+    for bad, signed in ((jnp.nan, True), (jnp.inf, False), (-1.0, False)):
+        spoiled = numbers if signed else jnp.abs(numbers)
+        spoiled = quantize(spoiled.at[1, 130].set(bad), signed=signed).dequantize()
         assert jnp.isnan(spoiled[1, 128:]).all()
         assert jnp.isfinite(spoiled[::2]).all()
     with pytest.raises(TypeError, match="real numbers"):
