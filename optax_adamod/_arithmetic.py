@@ -118,9 +118,10 @@ def largest_ratio(
     """
     a, b = (jnp.asarray(x.gain, dtype) for x in (average_g, average_g2))
     gap = 2 * a - a * a - b  # b2 - b1^2
-    square = (1 - b) / (b * jnp.where(gap > 0, gap, 1))
+    exists = gap > 4 * jnp.finfo(dtype).eps
+    square = (1 - b) / (b * jnp.where(exists, gap, 1))
     largest = jnp.sqrt(jnp.finfo(dtype).max)
-    return jnp.where(gap > 0, a * jnp.sqrt(square), largest)
+    return jnp.where(exists, a * jnp.sqrt(square), largest)
 
 
 def abs_sq(g: jax.Array) -> jax.Array:

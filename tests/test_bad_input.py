@@ -121,7 +121,7 @@ OF_VALUE = [
     (lambda: update({"a": X, "b": X}, {"a": X, "c": X}), f"{STRUCTURE}.*'c'.*'b'"),
     (lambda: update(PARAMS, X), STRUCTURE),
     (lambda: update(PARAMS, None), STRUCTURE),
-    (lambda: update({"w": PARAMS}, PARAMS), f"{STRUCTURE}: updates['w'] is one array"),
+    (lambda: update({"w": PARAMS}, PARAMS), f"{STRUCTURE}: ['w'] in the updates alone"),
     (lambda: update({"w": None}, PARAMS), STRUCTURE),
     (lambda: update({"w": optax.MaskedNode()}, PARAMS), STRUCTURE),
     (lambda: spoiled(nu=None), f"the state's nu {STRUCTURE}"),

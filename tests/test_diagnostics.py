@@ -58,9 +58,9 @@ def reference_rates(gradients, **settings):
     """Both rates of all steps, NaN before a coordinate's first gradient."""
     adaptive, bounded = [], []
     optimizer = AdaMod(**settings)
-    m, v, s, none = (np.zeros(gradients.shape[1:]) for _ in range(4))
+    m, v, s = (np.zeros(gradients.shape[1:]) for _ in range(3))
     for t, g in enumerate(gradients, start=1):
-        m, v, eta, s, _ = optimizer.step(t, g, m, v, s, none)
+        m, v, eta, s, _ = optimizer.step(t, g, m, v, s)
         adaptive.append(np.where(v == 0, np.nan, eta))
         bounded.append(np.where(v == 0, np.nan, optimizer.rate(t, eta, s)))
     return LearningRates(np.stack(adaptive), np.stack(bounded))
