@@ -9,6 +9,7 @@ down to zero. Signed codes reach 2**-18 of the group's largest number, unsigned 
 2**-34. Everything but the addition of the offset is arithmetic of integers.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -71,7 +72,7 @@ class Float8Array(NamedTuple):
 
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         """Returns the numbers as an array of ``dtype``, float32 or wider."""
-        return numbers(self).astype(dtype)
+        return jax.jit(numbers)(self).astype(dtype)
 
     @classmethod
     def quantize(cls, x: jax.typing.ArrayLike, *, signed: bool) -> "Float8Array":
@@ -171,6 +172,7 @@ def numbers(x: Float8Array) -> jax.Array:
     return decode(x.codes.astype(jnp.int32), exponents, x.signed)
 
 
+@functools.partial(jax.jit, static_argnames="signed")
 def nearest(x: jax.Array, signed: bool, v: jax.Array | None = None) -> Float8Array:
     """Returns numbers rounded to the nearest code; a bound's with their v."""
     x = grouped(x.astype(jnp.float32))
