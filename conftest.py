@@ -1,6 +1,7 @@
 """What the tests of every room share: eight CPU devices, strict ranks, fixtures."""
 
 import os
+import tempfile
 
 import hypothesis
 import pytest
@@ -12,6 +13,12 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", int(os.getenv("JAX_NUM_CPU_DEVICES", "8")))
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# What several tests compile, each process compiles once.
+compiled = tempfile.TemporaryDirectory()
+jax.config.update("jax_compilation_cache_dir", compiled.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # Compilation makes the first example of a property slow; seeds are fixed.
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True)

@@ -6,7 +6,6 @@ stored and restored, and of random bits; of all else a few units in the last pla
 """
 
 import re
-from typing import Any
 
 import chex
 import jax
@@ -70,15 +69,13 @@ def make_mesh(names, axis_types=AxisType.Auto, devices=COUNT):
     )
 
 
-def rounded_to_nearest(
-    tx: optax.GradientTransformation,
-) -> optax.GradientTransformation:
+def rounded_to_nearest(tx):
     """Keeps a transformation's float32 averages in bfloat16, rounded to nearest."""
 
-    def cast(state: optax.OptState, old: Any, new: Any) -> optax.OptState:
+    def cast(state, old, new):
         return jax.tree.map(lambda x: x.astype(new) if x.dtype == old else x, state)
 
-    def init_fn(params: optax.Params) -> optax.OptState:
+    def init_fn(params):
         return cast(tx.init(params), jnp.float32, jnp.bfloat16)
 
     def update_fn(updates, state, params=None):

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax import nnx, serialization
+from flax import serialization
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -43,12 +43,12 @@ def test_short_vectors_stay_in_float32():
 @pytest.mark.parametrize(
     ("asked", "factory", "settings"),
     [
-        (AVERAGES, adamod, {}),
         (AVERAGES, adamodw, {"convention": "torch"}),
         (("mu", "nu"), adamod, {"b3": 0}),
-        *[((name,), adamod, {}) for name in AVERAGES],
+        (("mu",), adamod, {}),
+        (("nu", "bound"), adamod, {}),
     ],
-    ids=["paper", "torch", "adam", *AVERAGES],
+    ids=["all", "adam", "mu", "nu and bound"],
 )
 def test_a_byte_for_each_average(asked, factory, settings):
     tx = factory(0.1, **settings, **{f"{name}_dtype": "float8" for name in asked})
@@ -90,20 +90,9 @@ def test_adam_state_and_diagnostics():
     momentum = optax.tree.get(state, "mu")["w"].dequantize() / (1 - 0.9**count)
     np.testing.assert_allclose(updates["w"], -rates.bounded["w"] * momentum, rtol=1e-4)
     assert held_by_bound(rates).share["w"] > 0.9
-    model = nnx.Linear(8, 128, rngs=nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    nnx.jit(lambda m, o: o.update(m, nnx.state(m, nnx.Param)))(model, optimizer)
-    reads = optimizer.opt_state, nnx.state(optimizer)
-    rates, of_fields = (learning_rates(x, 0.1).bounded["kernel"][...] for x in reads)
-    assert rates.shape == (8, 128)
-    np.testing.assert_array_equal(of_fields, rates)
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="no sign"):
-        adamod(-0.1, bound_dtype="float8")
-    with pytest.raises(TypeError, match="is complex"):
-        adamod(0.1, mu_dtype="float8").init(jnp.ones((1, 128), jnp.complex64))
     tx, params = scale_by_adamod(**FLOAT8), PARAMS["w"]
     state = tx.init(params)
     codes, exponents = state.nu

@@ -1,6 +1,5 @@
 """Does the histogram count every coordinate once, on any device and sharding?"""
 
-import functools
 import re
 
 import chex
@@ -87,19 +86,12 @@ def test_edges_belong_to_the_bin_above():
 def test_both_ways_to_count(count, size, monkeypatch):
     """One is for CPUs, the other for all else: here each takes both places."""
     way = getattr(_histogram, count)
-    used = []
-
-    def spy(*arguments):
-        used.append(count)
-        return way(*arguments)
-
     for name in ("_count_together", "_count_apart"):
-        monkeypatch.setattr(_histogram, name, spy)
+        monkeypatch.setattr(_histogram, name, way)
     for shape in ((7, 11, size), (size,)):
         x = rates(shape)
         check(log10_histogram(x, BINS), x)
     assert log10_histogram(jnp.asarray(3.0), [0, size]).counts.tolist() == [1]
-    assert used
 
 
 def test_more_than_int32_counts(monkeypatch):
@@ -158,17 +150,15 @@ def collectives(text):
     return [int(np.prod([int(n) for n in s.split(",") if n])) for s in shapes]
 
 
-SLOW = functools.partial(pytest.param, AxisType.Auto, marks=pytest.mark.slow)
-
-
 @pytest.mark.parametrize(
     ("axis_type", "spec"),
     [
-        (AxisType.Explicit, P("a", "b")), (AxisType.Explicit, P()),
-        SLOW(P("a")), SLOW(P(None, "b")), SLOW(P(("b", "a"))),
+        (AxisType.Explicit, P("a", "b")),
+        (AxisType.Explicit, P()),
+        (AxisType.Auto, P("a")),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_only_counts_leave_a_shard(axis_type, spec):
     mesh = make_mesh(("a", "b"), axis_type)
     expected = jax.jit(watch)(state((64, 32)))

@@ -10,8 +10,6 @@ import pytest
 from optax_adamod import (
     adamod,
     adamodw,
-    held_by_bound,
-    learning_rates,
     scale_by_adamod,
 )
 
@@ -148,15 +146,6 @@ def test_vmap_over_an_ensemble():
         member = jax.tree.map(lambda x, i=i: x[i], (updates, state))
         alone = update(gradients[i], tx.init(params[i]))
         chex.assert_trees_all_close(member, alone, rtol=1e-6)
-
-
-def test_without_jit():
-    with jax.disable_jit():
-        tx = adamod(0.1, b3=0.5)
-        updates, state = tx.update(2.0, tx.init(1.0))
-        assert updates == pytest.approx(-0.05)
-        held = held_by_bound(learning_rates(state, 0.1, eps=1e-8))
-        assert held == (1.0, 2.0)
 
 
 def test_no_infinity_on_the_way():

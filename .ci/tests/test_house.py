@@ -1,6 +1,8 @@
 """Do imports run one way, and is each file in the house of its purpose?"""
 
 import ast
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,3 +93,11 @@ def test_contributors_find_every_module():
     text = (ROOT / "CONTRIBUTING.md").read_text()
     for path in (ROOT / "optax_adamod").glob("_[a-z]*.py"):
         assert f"`{path.name}`" in text, path
+
+
+def test_the_library_keeps_to_public_names_of_jax_and_optax():
+    for path in (ROOT / "optax_adamod").glob("*.py"):
+        assert not re.search(r"\b(jax|optax)\._src\b", path.read_text())
+        imports = {name.split(".")[0] for name in modules(path)}
+        allowed = {"jax", "optax", "numpy", "optax_adamod"} | sys.stdlib_module_names
+        assert imports <= allowed, path
