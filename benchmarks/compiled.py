@@ -20,8 +20,8 @@ import tyro
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from benchmarks import hlo, report, trees
-from benchmarks.optimizers import (
+from benchmarks.common import hlo, report, trees
+from benchmarks.common.optimizers import (
     ADAM,
     ADAM_BFLOAT16,
     ADAM_FLOAT8,
@@ -35,7 +35,7 @@ from benchmarks.optimizers import (
     step_in_place,
     weights_dtype,
 )
-from benchmarks.targets import (
+from benchmarks.common.targets import (
     AXES,
     TARGETS,
     lowered_for,

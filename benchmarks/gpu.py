@@ -18,15 +18,15 @@ from typing import Any
 
 import tyro
 
-from benchmarks import report
-from benchmarks.optimizers import (
+from benchmarks.common import report
+from benchmarks.common.optimizers import (
     ADAMOD,
     ADAMOD_7_BYTES,
     ADAMOD_FLOAT8,
     FLASH,
     OPTIMIZERS,
 )
-from benchmarks.torch_optimizers import NAMES
+from benchmarks.common.torch_optimizers import NAMES
 
 ROOT = Path(__file__).parents[1]
 STORAGES = [

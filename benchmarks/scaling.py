@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from benchmarks import report, trees
-from benchmarks.optimizers import ADAM, ADAMOD, ADAMOD_BFLOAT16, ADAMOD_FLOAT8
+from benchmarks.common import report, trees
+from benchmarks.common.optimizers import ADAM, ADAMOD, ADAMOD_BFLOAT16, ADAMOD_FLOAT8
 
 COUNTS = (1, 8, 64, 256, 1024, 4096, 8960)
 TOKENS = 2**22  # in a batch

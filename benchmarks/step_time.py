@@ -28,8 +28,8 @@ import jax
 import tyro
 from tqdm import tqdm
 
-from benchmarks import optimizers, report, torch_optimizers, trees
-from benchmarks.optimizers import (
+from benchmarks.common import optimizers, report, torch_optimizers, trees
+from benchmarks.common.optimizers import (
     ADAM,
     ADAM_FLOAT8,
     ADAMOD,
@@ -42,7 +42,7 @@ from benchmarks.optimizers import (
     updates_of,
     weights_dtype,
 )
-from benchmarks.timing import (
+from benchmarks.common.timing import (
     Copy,
     Update,
     a_process,

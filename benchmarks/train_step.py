@@ -28,8 +28,8 @@ import tyro
 from flax import nnx
 from tqdm import tqdm
 
-from benchmarks import gpt2, report, trees
-from benchmarks.optimizers import (
+from benchmarks.common import gpt2, report, trees
+from benchmarks.common.optimizers import (
     ADAM,
     ADAMOD,
     ADAMOD_BFLOAT16,
@@ -38,7 +38,7 @@ from benchmarks.optimizers import (
     updates_of,
     weights_dtype,
 )
-from benchmarks.timing import (
+from benchmarks.common.timing import (
     Update,
     a_process,
     calibrated,

@@ -26,8 +26,8 @@ import tyro
 from jax.stages import Compiled
 from tqdm import tqdm
 
-from benchmarks import llama, report, targets
-from benchmarks.optimizers import (
+from benchmarks.common import llama, report, targets
+from benchmarks.common.optimizers import (
     ADAM,
     ADAM_BFLOAT16,
     ADAMOD_7_BYTES,

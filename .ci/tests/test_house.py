@@ -83,7 +83,7 @@ def test_experiments_stand_on_floors():
             assert found <= FLOORS[floor_of(name)], path
 
 
-@pytest.mark.parametrize("room", ["examples", "experiments"])
+@pytest.mark.parametrize("room", ["benchmarks", "examples", "experiments"])
 def test_at_the_top_are_programs_alone(room):
     found = set((ROOT / room).glob("*.py"))
     assert found - {*programs().values()} == {ROOT / room / "__init__.py"}

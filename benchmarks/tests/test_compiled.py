@@ -2,7 +2,8 @@
 
 import pytest
 
-from benchmarks import compiled, hlo
+from benchmarks import compiled
+from benchmarks.common import hlo
 
 
 def test_large_trees_are_for_pods_alone():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import gpt2, llama, trees
+from benchmarks.common import gpt2, llama, trees
 
 VOCABULARY = 8
 LLAMA = llama.SMALL._replace(vocabulary=VOCABULARY)

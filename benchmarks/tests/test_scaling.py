@@ -2,7 +2,8 @@
 
 import pytest
 
-from benchmarks import optimizers, scaling
+from benchmarks import scaling
+from benchmarks.common import optimizers
 
 
 def test_tables_are_written(tmp_path):

@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import compiled, optimizers, step_time, timing, torch_optimizers, trees
+from benchmarks import compiled, step_time
+from benchmarks.common import optimizers, timing, torch_optimizers, trees
 
 
 def test_update_is_the_optimizers():

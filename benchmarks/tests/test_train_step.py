@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import optimizers, train_step, trees, whole_step
+from benchmarks import train_step, whole_step
+from benchmarks.common import optimizers, trees
 from examples.common.resnet import ResNet
 
 

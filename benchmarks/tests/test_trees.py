@@ -3,7 +3,8 @@
 import jax
 import pytest
 
-from benchmarks import llama, step_time, trees
+from benchmarks import step_time
+from benchmarks.common import llama, trees
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 from examples.common.results import machine, table, versions
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 PACKAGES = ("jax", "jaxlib", "optax", "flax", "libtpu", "jax-cuda13-plugin", "torch")
 
 

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from benchmarks import trees
-from benchmarks.optimizers import DONATED, Updates
+from benchmarks.common import trees
+from benchmarks.common.optimizers import DONATED, Updates
 
 SAMPLE_SECONDS = 5e-3  # a sample is of as many steps as take about this long
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from benchmarks import trees
+from benchmarks.common import trees
 
 Params = dict[str, jax.Array]
 

@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 from typing import Any
 
-from benchmarks import trees
+from benchmarks.common import trees
 
 # Module, class and arguments of each.
 _OPTIMIZERS: dict[str, tuple[str, str, dict[str, Any]]] = {

@@ -1,0 +1,1 @@
+"""What the programs share: optimizers, shapes, targets, clocks and tables."""
