@@ -105,6 +105,14 @@ def test_bad_input():
             tx.update(params, state._replace(nu=nu))
 
 
+def test_negative_learning_rates_of_a_schedule_are_nan():
+    """For a bound without a sign: known ones are refused."""
+    tx = adamod(lambda count: 0.1 - 0.1 * count, bound_dtype="float8")
+    _, state = trained(tx, PARAMS, steps=2)
+    updates, _ = jax.jit(tx.update)(PARAMS, state, PARAMS)
+    assert jnp.all(jnp.isnan(updates["w"]))
+
+
 def test_bytes_and_exported_programs():
     """What tools do that take a state for a tree of arrays."""
     tx, params = adamod(0.1, **FLOAT8), {"w": noise((4, 128))}
