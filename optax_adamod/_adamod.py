@@ -128,7 +128,7 @@ def _update_leaf(step, words, leaf, g, stored, form):
     """Returns the update of one leaf and its averages, as stored.
 
     If all averages are in 8 bits, GPUs and TPUs have kernels for it. All else is XLA's.
-    ``form`` is None, but where tests force a kernel.
+    ``form`` is None, unless a test forces one.
     """
     seed = Seed.of(words, leaf, g, stored)
     if stored.are_float8 and step.dtype == np.float32:
@@ -195,8 +195,8 @@ def scale_by_adamod(
       eps_root: Added to the second moment inside the root; at least 0, in units of
         the squared gradient. Needed to differentiate through an update.
       mu_dtype: Dtype of ``mu``, 'float8', 'bfloat16', 'float16', 'float32' or
-        'float64'; None for the parameters' own. The accumulator of a complex parameter
-        is complex of that precision, and cannot be 'float8'.
+        'float64'; None for the parameters' own. For a complex parameter it is complex64
+        or wider, and cannot be 'float8'.
       nesterov: Whether to use Nesterov momentum, with ``convention='paper'`` only.
       nu_dtype: Dtype of ``nu``, 'float8', 'bfloat16', 'float32' or 'float64'; None for
         the parameters' real dtype, in at least float32.

@@ -94,7 +94,7 @@ def adamod(
         the squared gradient. Needed to differentiate through an update.
       mu_dtype: Dtype of the average of the gradients, 'float8', 'bfloat16', 'float16',
         'float32' or 'float64'; None for the parameters' own. For a complex parameter it
-        is the precision, and cannot be 'float8'.
+        is complex64 or wider, and cannot be 'float8'.
       nesterov: Whether to use Nesterov momentum, with ``convention='paper'`` only.
       nu_dtype: Dtype of the average of the squared gradients, 'float8', 'bfloat16',
         'float32' or 'float64'; None for the parameters' real dtype, in at least
@@ -109,10 +109,11 @@ def adamod(
 
     Raises:
       ValueError: If a number whose value is known is out of its range (a traced number
-        passes); if ``convention`` is unknown, or ``nesterov`` is combined with
-        ``convention='torch'``. From ``init``, if explicit mesh axes split groups of
-        'float8'. From ``update``, if structures or shapes of the updates and the state
-        differ, or the state is a stack of states.
+        passes, and as ``b3`` a JAX array that is not 0); if ``convention`` is unknown,
+        or ``nesterov`` is combined with ``convention='torch'``. From ``init``, if
+        explicit mesh axes split groups of 'float8'. From ``update``, if structures or
+        shapes of the updates and the state differ, the state is a stack of states, has
+        a bound and ``b3`` is 0 or the reverse, or a schedule returns no real scalar.
       TypeError: If an argument is not a number; if a decay rate or an epsilon is
         an array of less than 32 bits, or an accumulator cannot have its dtype.
         From ``init``, if a parameter is neither floating nor complex. From ``update``,
@@ -222,7 +223,7 @@ def adamodw(
         the squared gradient. Needed to differentiate through an update.
       mu_dtype: Dtype of the average of the gradients, 'float8', 'bfloat16', 'float16',
         'float32' or 'float64'; None for the parameters' own. For a complex parameter it
-        is the precision, and cannot be 'float8'.
+        is complex64 or wider, and cannot be 'float8'.
       weight_decay: Strength of the weight decay, per unit of learning rate: a scalar,
         or a schedule from the step count to one.
       mask: A tree of booleans with the structure of the parameters or a prefix of it,

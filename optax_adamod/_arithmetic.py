@@ -114,7 +114,7 @@ def largest_ratio(
 ) -> jax.Array:
     """Returns c of ``|m_t| <= c √v_t``, by Cauchy and Schwarz.
 
-    Where there is none, it is the largest number times which a root is finite.
+    Without one (b2 <= b1^2) it is the root of the largest number, so c √v is finite.
     """
     a, b = (jnp.asarray(x.gain, dtype) for x in (average_g, average_g2))
     gap = 2 * a - a * a - b  # b2 - b1^2

@@ -72,9 +72,11 @@ def _shard_shape(x: Any) -> tuple[int, ...]:
 def state_of_adamod(state: Any, bounded: bool) -> None:
     """Refuses the state of another optimizer, such as Adam's from a checkpoint."""
     if not all(hasattr(state, name) for name in ("count", "mu", "nu", "bound")):
-        way_out = "Pass update the updates first, and then what init returned."
+        way_out = "Call update(updates, state), with the state that init returned."
         if isinstance(state, optax.ScaleByAdamState):
             way_out = "Turn it into one with optax_adamod.from_adam."
+        elif isinstance(state, Mapping):
+            way_out = "Restore a checkpoint with a template, tx.init(params)."
         raise TypeError(
             "the state must be a ScaleByAdamodState, with count, mu, nu and bound, got "
             f"{type(state).__name__}. {way_out}"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_adamod import _checks, _find, _float8
+from optax_adamod import _checks, _find, _float8, _storage
 from optax_adamod._adamod import ScaleByAdamodState
 from optax_adamod._float8 import Float8Array, as_float8, is_float8
 from optax_adamod._rounding import RoundUpdatesStochasticallyState
@@ -234,6 +234,8 @@ def _placed(new: Any, old: Any, v: Any = None) -> Any:
             new = _float8.nearest(jnp.asarray(new), old.signed, v)
         return jax.tree.map(_placed, new, old)
     # A copy, so that to donate the one state is not to delete the other.
+    if old.dtype == jnp.float16:
+        new = _storage.clipped(jnp.asarray(new), old.dtype)
     new = (
         new.astype(old.dtype)
         if isinstance(new, np.ndarray)

@@ -93,7 +93,8 @@ def learning_rates(
         stack of states, as under ``vmap``; if an argument is out of its range, or
         differs from the value in the state (under jit: if it is given although the
         state holds one); if the state holds a ``learning_rate`` and none is given.
-      TypeError: If an argument is an array of less than 32 bits.
+      TypeError: If an argument is not a number; if a decay rate or an epsilon is an
+        array of less than 32 bits.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -110,5 +110,6 @@ def gpu_has_kernels() -> bool:
     Where no GPU is at hand, as when one compiles for it elsewhere, it is taken to be
     new enough. Other makes than NVIDIA's run the form of XLA anyhow.
     """
-    gpus = [x for x in jax.local_devices() if x.platform == "gpu"]
-    return all(float(x.compute_capability) >= 8.0 for x in gpus)
+    gpus = [x.compute_capability for x in jax.local_devices() if x.platform == "gpu"]
+    # AMD's are such as gfx942.
+    return all(x[:3] != "gfx" and float(x) >= 8.0 for x in gpus)

@@ -104,13 +104,12 @@ def scalar_or_schedule(name: str, value: Any) -> Any:
 
 def bound_learning_rate(value: Any, in_float8: bool) -> Any:
     """As :func:`scalar_or_schedule`; at least 0 if the bound is in 8 bits."""
-    name = "bound_learning_rate"
-    value = scalar_or_schedule(name, value)
+    value = scalar_or_schedule("bound_learning_rate", value)
     if in_float8 and isinstance(value, float) and value < 0:
         raise ValueError(
-            f"{name} must be at least 0 with bound_dtype='float8', which has no sign, "
-            f"got {value!r}. Use bound_dtype='bfloat16', or ascend by negative "
-            "gradients."
+            "the learning rate must be at least 0 with bound_dtype='float8', which has "
+            f"no sign, got {value!r}. Use bound_dtype='bfloat16', or ascend by "
+            "negative gradients."
         )
     return value
 

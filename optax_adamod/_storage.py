@@ -76,7 +76,7 @@ class Averages(NamedTuple):
           seed: From which random bits for rounding follow.
         """
         bits: tuple[Any, ...] = None, None, None
-        if any(map(_is_rounded, self)):
+        if any(map(_is_rounded_stochastically, self)):
             x = jax.typeof(numbers[0])
             many = 20 if self.any_float8 else 16
             bits = random_bits(x.shape, seed, many, sharding=x.sharding)
@@ -126,13 +126,18 @@ def _store(x: jax.Array, old: Stored, exponents: Any, bits: Any) -> Stored:
         # True but for NaN, which stays so. Keep this `where` last: it stops XLA on CPU
         # (JAX 0.12) from computing the rounding twice, and from copying.
         return jnp.where(x == x, rounded, jnp.bfloat16(jnp.nan))
-    if old.dtype == jnp.float16:  # whose largest number is 65504
+    return clipped(x, old.dtype)
+
+
+def clipped(x: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Returns numbers in a dtype; finite ones stay so in float16, up to 65504."""
+    if dtype == jnp.float16:
         largest = jnp.finfo(jnp.float16).max.astype(x.dtype)
         x = jnp.where(jnp.isfinite(x), jnp.clip(x, -largest, largest), x)
-    return x.astype(old.dtype)
+    return x.astype(dtype)
 
 
-def _is_rounded(stored: Stored | None) -> bool:
+def _is_rounded_stochastically(stored: Stored | None) -> bool:
     return isinstance(stored, Float8Array) or (
         stored is not None and stored.dtype == jnp.bfloat16
     )

@@ -49,10 +49,9 @@ def trajectories() -> dict[str, np.ndarray]:
                 optimizer.param_groups[0]["lr"] *= drop
             theta.grad = torch.tensor(gradient)
             optimizer.step()
-            state = optimizer.state[theta]
-            rows["theta"].append(theta.detach().numpy().copy())
-            for key in ("exp_avg", "exp_avg_sq", "exp_avg_lr"):
-                rows[key].append(state[key].numpy().copy())
+            state = {"theta": theta.detach(), **optimizer.state[theta]}
+            for key, values in rows.items():
+                values.append(state[key].numpy().copy())
         arrays |= {f"{name}/{key}": np.stack(values) for key, values in rows.items()}
     return arrays
 

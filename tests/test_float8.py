@@ -37,7 +37,6 @@ def test_short_vectors_stay_in_float32():
     shapes = {"norm": 4096, "flat": 2**16, "odd": (4, 100)}
     state = scale_by_adamod(**FLOAT8).init({k: jnp.ones(s) for k, s in shapes.items()})
     assert {k for k, x in state.nu.items() if is_float8(x)} == {"flat"}
-    assert state.nu["norm"].dtype == jnp.float32
 
 
 @pytest.mark.parametrize(
@@ -48,7 +47,6 @@ def test_short_vectors_stay_in_float32():
         (("mu",), adamod, {}),
         (("nu", "bound"), adamod, {}),
     ],
-    ids=["all", "adam", "mu", "nu and bound"],
 )
 def test_a_byte_for_each_average(asked, factory, settings):
     tx = factory(0.1, **settings, **{f"{name}_dtype": "float8" for name in asked})
@@ -64,7 +62,8 @@ def test_a_byte_for_each_average(asked, factory, settings):
             assert "float8[4,128]" in repr(number)
             assert number.nbytes / PARAMS["w"].size < 1.01
             number = number.dequantize()
-        np.testing.assert_allclose(number, wide["w"], rtol=0.5, atol=2e-2)
+        atol = 2e-2 if name == "mu" else 0.0
+        np.testing.assert_allclose(number, wide["w"], rtol=0.5, atol=atol)
     error = np.mean(np.abs(updates["w"] - expected_updates["w"]))
     assert error / np.mean(np.abs(expected_updates["w"])) < 0.15
     if settings == {"b3": 0}:
@@ -140,7 +139,6 @@ def test_bytes_and_exported_programs():
         ((2**17 + 2**10,), P("x"), True),
         ((3, 16, 256), P(None, "x"), True),
     ],
-    ids=str,
 )
 def test_explicit_shards_may_not_cut_groups(shape, spec, fits):
     mesh = make_mesh(("x",), AxisType.Explicit)

@@ -105,6 +105,9 @@ def test_sharded_codes_are_those_of_one_device(on_one_device, form, types, spec)
         sharding = NamedSharding(mesh, spec)
         gradients = [jax.device_put(g, sharding) for g in gradients]
         state = tx.init(gradients[0])
+        text = str(jax.make_jaxpr(lambda g, s: tx.update(g, s))(gradients[0], state))
+        alike = COUNT == 1 or len({*types}) == 1  # axes of both kinds run XLA's form
+        assert ("pallas_call" in text) == (form != "xla" and alike)
         update = jax.jit(tx.update).lower(gradients[0], state).compile()
         for g in gradients:
             _, state = update(g, state)
@@ -129,7 +132,7 @@ def test_shards_that_cut_groups_are_put_together():
     assert_same_codes(actual, expected)
 
 
-@pytest.mark.parametrize("how", ["shard_map", "vmap of shard_map", "pmap"])
+@pytest.mark.parametrize("how", ["shard_map", "pmap"])
 def test_inside_shard_map_and_pmap(how):
     """Each shard is a leaf, whose rows are numbered from 0."""
     tx = scale_by_adamod(b3=0.9, **FLOAT8)
@@ -141,17 +144,14 @@ def test_inside_shard_map_and_pmap(how):
         sharded = jax.shard_map(
             one_step, mesh=make_mesh(("x",)), in_specs=P("x"), out_specs=P("x"),
             # Interpreted kernels do not follow varying axes; compiled ones do.
-            check_vma=how != "shard_map",
+            check_vma=False,
         )  # fmt: skip
         with _kernels.forced(form):
             if how == "pmap":
                 return jax.pmap(one_step)(noise((COUNT, 2, 256)))
-            if how == "shard_map":
-                return jax.jit(sharded)(noise((16, 256)))
-            return jax.jit(jax.vmap(sharded))(noise((2, 16, 256)))
+            return jax.jit(sharded)(noise((16, 256)))
 
     expected = run("xla")
-    # Members of vmap run the form of XLA.
     for form in ("gpu", "tpu") if how == "shard_map" else ("gpu",):
         assert_same_codes(run(form), expected)
 
@@ -191,8 +191,8 @@ def test_which_form_runs(monkeypatch, form):
     class Gpu:
         platform = "gpu"
 
-    for capability in ("7.5", "8.0", "9.0"):
+    for capability in ("7.5", "9.0", "gfx942"):
         Gpu.compute_capability = capability
         monkeypatch.setattr(jax, "local_devices", lambda: [Gpu()])
         jax.clear_caches()  # of leaves that were traced for another GPU
-        assert has_kernel(**FLOAT8) == (form == "tpu" or capability != "7.5")
+        assert has_kernel(**FLOAT8) == (form == "tpu" or capability == "9.0")

@@ -105,7 +105,6 @@ def test_init_keeps_the_kind_of_memory(sharded):
         (AUTO, {}),
         (EXPLICIT, {"convention": "torch", **BFLOAT16}),
     ],
-    ids=["auto", "explicit-torch-bfloat16"],
 )
 def test_the_same_as_on_one_device(axis_type, settings):
     """Within a few units in the last place: XLA rounds shards of each shape otherwise.
@@ -133,7 +132,6 @@ def test_the_same_as_on_one_device(axis_type, settings):
         (EXPLICIT, False, adamodw(0.1, **BFLOAT16)),
         (EXPLICIT, True, adamod(0.1, **FLOAT8)),
     ],
-    ids=lambda x: None if isinstance(x, tuple) else str(x),
 )
 def test_devices_compute_their_shards_alone(axis_type, in_context, tx):
     """Without collectives; of the random bits too, which come from the shape alone."""
