@@ -269,7 +269,7 @@ def scale_by_adamod(
     def update_fn(updates, state, params=None):
         _checks.state_of_adamod(state, hyperparameters.bounded)
         count = optax.safe_increment(state.count)
-        words = Seed.of_step(count)
+        words = Seed.step_words(count)
         alpha = _settings.at_count(bound_learning_rate, state.count)
         if in_float8:  # which has no sign
             alpha = jnp.where(jnp.asarray(alpha) < 0, jnp.nan, alpha)
@@ -286,7 +286,7 @@ def scale_by_adamod(
             return _update_leaf(
                 step_in(real_dtype(g, *stored)),
                 words,
-                Seed.of_leaf(path),
+                Seed.leaf_word(path),
                 jnp.asarray(g),
                 stored,
                 _kernels.forced_form(),

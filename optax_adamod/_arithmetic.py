@@ -15,8 +15,8 @@ class Average(NamedTuple):
     """``b * old + (1 - b) * new``, exact in the smaller of ``b`` and ``1 - b``."""
 
     keep: jax.typing.ArrayLike | None  # 1 for b >= 1/2, else b; None for the number 0
-    gain: jax.typing.ArrayLike  # 1 - b
-    loss: jax.typing.ArrayLike  # 1 - b for b >= 1/2, else 0
+    weight: jax.typing.ArrayLike  # 1 - b
+    forget: jax.typing.ArrayLike  # 1 - b for b >= 1/2, else 0
 
     @classmethod
     def of(cls, b: float | jax.Array) -> "Average":
@@ -39,7 +39,7 @@ class Average(NamedTuple):
             # An infinite average stays infinite: less infinity it would be NaN.
             largest = jnp.finfo(old.dtype).max
             finite = jnp.clip(old, -largest, largest)
-        towards = self.gain * new - self.loss * finite
+        towards = self.weight * new - self.forget * finite
         return jnp.asarray(self.keep * old + towards)
 
 
@@ -116,7 +116,7 @@ def largest_ratio(
 
     Without one (b2 <= b1^2) it is the root of the largest number, so c √v is finite.
     """
-    a, b = (jnp.asarray(x.gain, dtype) for x in (average_g, average_g2))
+    a, b = (jnp.asarray(x.weight, dtype) for x in (average_g, average_g2))
     gap = 2 * a - a * a - b  # b2 - b1^2
     exists = gap > 4 * jnp.finfo(dtype).eps
     square = (1 - b) / (b * jnp.where(exists, gap, 1))

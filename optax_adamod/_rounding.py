@@ -85,7 +85,7 @@ def round_updates_stochastically() -> optax.GradientTransformationExtraArgs:
                 "update(updates, state, params)."
             )
         count = optax.safe_increment(state.count)
-        words = Seed.of_step(count)
+        words = Seed.step_words(count)
         leaves, treedef = jax.tree_util.tree_flatten_with_path(
             updates, is_leaf=lambda x: x is None
         )
@@ -106,7 +106,7 @@ def _rounded(u, p, words, path):
     if not _is_rounded(path, p):
         return u
     # Salted, so that parameters and averages of one leaf round by bits of their own.
-    return _round_sum(u, p, words, Seed.of_leaf(path, "params"))
+    return _round_sum(u, p, words, Seed.leaf_word(path, "params"))
 
 
 @jax.jit

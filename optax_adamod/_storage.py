@@ -78,8 +78,8 @@ class Averages(NamedTuple):
         bits: tuple[Any, ...] = None, None, None
         if any(map(_is_rounded_stochastically, self)):
             x = jax.typeof(numbers[0])
-            many = 20 if self.any_float8 else 16
-            bits = random_bits(x.shape, seed, many, sharding=x.sharding)
+            width = 20 if self.any_float8 else 16
+            bits = random_bits(x.shape, seed, width, sharding=x.sharding)
         stored = Averages(
             *(
                 old if old is None else _store(x, old, e, b)
@@ -238,14 +238,14 @@ class Seed(NamedTuple):
     leaf: jax.Array  # shape=()
 
     @staticmethod
-    def of_step(count: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
+    def step_words(count: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
         """Returns the words of a step."""
         word = jax.lax.bitcast_convert_type(jnp.asarray(count, jnp.int32), jnp.uint32)
         first = mix(mix(word))
         return first, mix(first + _u32(0x85EBCA6B))
 
     @staticmethod
-    def of_leaf(path: Any, salt: str = "") -> np.uint32:
+    def leaf_word(path: Any, salt: str = "") -> np.uint32:
         """Returns the word of a leaf: of its path, whatever else the tree holds."""
         return np.uint32(zlib.crc32((salt + jax.tree_util.keystr(path)).encode()))
 
@@ -294,7 +294,7 @@ def _of_member_vmap(axis_size, in_batched, leaf, *arrays):
 def random_bits(
     shape: tuple[int, ...],
     seed: Seed,
-    many: Literal[16, 20],
+    width: Literal[16, 20],
     *,
     sharding: NamedSharding | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -306,19 +306,19 @@ def random_bits(
     Args:
       shape: Shape of the leaf.
       seed: The step and the leaf.
-      many: How many bits a set has: what a float32 has more than bfloat16, or a code
+      width: How many bits a set has: what a float32 has more than bfloat16, or a code
         of 8 bits.
       sharding: Sharding of the leaf's type. Under explicit mesh axes, what has no
         sharding is computed whole by every device.
 
     Returns:
-      Three uint32 arrays of the given shape, below ``2**many``.
+      Three uint32 arrays of the given shape, below ``2**width``.
     """
-    return sets_of_bits(*_row_and_column(shape, sharding), seed, many)
+    return sets_of_bits(*_row_and_column(shape, sharding), seed, width)
 
 
 def sets_of_bits(
-    row: jax.Array, column: jax.Array, seed: Seed, many: Literal[16, 20]
+    row: jax.Array, column: jax.Array, seed: Seed, width: Literal[16, 20]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the random bits of coordinates, given as uint32; see random_bits."""
     # Every operation depends on row and column together. If one depended on either
@@ -326,7 +326,7 @@ def sets_of_bits(
     place = (row + column) * _u32(0x9E3779B9) ^ column
     first = mix((place ^ seed.leaf) + seed.step[0])
     second = mix((first ^ row) + seed.step[1])
-    if many == 16:  # so that mu and bound take one word
+    if width == 16:  # so that mu and bound take one word
         return first >> 16, second >> 16, first & _u32(0xFFFF)
     return (
         first >> 12,

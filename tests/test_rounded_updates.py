@@ -129,6 +129,6 @@ def test_parameters_and_averages_round_by_bits_of_their_own():
     tx, p = round_updates_stochastically(), jnp.ones(2**14, jnp.bfloat16)
     # Half of the spacing, so that a sum is rounded up with the highest bit.
     updates, _ = tx.update(jnp.full(p.shape, 2.0**-8), tx.init(p), p)
-    seed = _storage.Seed.of(_storage.Seed.of_step(1), _storage.Seed.of_leaf(()))
+    seed = _storage.Seed.of(_storage.Seed.step_words(1), _storage.Seed.leaf_word(()))
     of_mu = _storage.random_bits(p.shape, seed, 16)[0]
     assert 0.45 < jnp.mean((updates > 0) == (of_mu >= 2**15)) < 0.55

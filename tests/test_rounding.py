@@ -22,7 +22,9 @@ def float32(words):
 
 def random_bits(shape, count, leaf, many=16):
     path = (jax.tree_util.DictKey(leaf),)
-    seed = _storage.Seed.of(_storage.Seed.of_step(count), _storage.Seed.of_leaf(path))
+    seed = _storage.Seed.of(
+        _storage.Seed.step_words(count), _storage.Seed.leaf_word(path)
+    )
     return _storage.random_bits(shape, seed, many)
 
 
