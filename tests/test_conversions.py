@@ -116,7 +116,8 @@ def in_mini_steps(make):
 INJECTED_SCALE = optax.inject_hyperparams(optax.scale)(SCHEDULE)
 SGD, ROUND = optax.sgd(SCHEDULE), round_updates_stochastically()
 ONE = {"w": 0, "b": 1}
-# Around both optimizers: the parameters, and what the new state's counters hold.
+# Around both: the parameters, and what the new state's counters hold, of the numbers
+# from 3 on that `aged` gives the old one's integers in order, mini-steps included.
 WRAPPERS = [
     (lambda make: make(SCHEDULE), DICTIONARY, [3, 4]),
     (lambda make: optax.chain(make(SCHEDULE), ROUND), PLAIN, [3, 4, 5]),
@@ -131,14 +132,14 @@ WRAPPERS = [
 PLATEAU = optax.contrib.reduce_on_plateau(0.5, 2)
 AFTER_EMA = optax.chain(optax.ema(0.5), adamod(SCHEDULE))
 INJECTED = optax.inject_hyperparams(adamod)(SCHEDULE)
-FLOAT8 = functools.partial(adamod, **STORAGES["float8"])
+IN_8_BITS = functools.partial(adamod, **STORAGES["float8"])
 
 
 @pytest.mark.parametrize(
     ("convert", "before", "after", "params", "steps"),
     [
         *[(from_adam, f(optax.adam), f(adamod), *row) for f, *row in WRAPPERS],
-        *[(from_adamod, f(FLOAT8), f(FLOAT8), *row) for f, *row in WRAPPERS],
+        *[(from_adamod, f(IN_8_BITS), f(IN_8_BITS), *row) for f, *row in WRAPPERS],
         (from_adam, optax.adam(0.1), scale_by_adamod(), PLAIN, [3]),
         (from_adam, optax.adamw(SCHEDULE), adamodw(SCHEDULE), NAMED, [3, 4]),
         (from_adam, optax.adam(SCHEDULE), adamod(SCHEDULE, b3=0), PLAIN, [3, 4]),
@@ -187,7 +188,7 @@ def as_numbers(state, field):
     return np.asarray(average.dequantize() if narrow else average, float)
 
 
-def trained(storage="float32", params=PARAMS):
+def at_step_3(storage="float32", params=PARAMS):
     """A state of AdaMod at step 3, with averages as of gradients of many sizes."""
     rng = np.random.default_rng(0)
     g = {k: rng.normal(size=x.shape).astype(np.float32) for k, x in params.items()}
@@ -216,7 +217,7 @@ ROUNDING = {"float32": 0, "float16": 2**-11, "bfloat16": 2**-8, "float8": 2**-4}
     ],
 )  # fmt: skip
 def test_averages_in_the_dtypes_of_the_new_state(convert, old, new):
-    state = trained(old)
+    state = at_step_3(old)
     fresh = scale_by_adamod(**STORAGES[new]).init(PARAMS)
     converted = convert(as_old_state(convert, state), fresh)
     chex.assert_trees_all_equal_shapes_and_dtypes(converted, fresh)
@@ -246,7 +247,7 @@ def test_placed_as_the_new_state(convert):
     sharding = NamedSharding(make_mesh(("x",)), P(None, "x"))
     params = {"w": np.ones((2, 128 * COUNT), np.float32)}
     tx = scale_by_adamod(mu_dtype="bfloat16", nu_dtype="float8")
-    old, fresh = as_old_state(convert, trained("float32", params)), tx.init(params)
+    old, fresh = as_old_state(convert, at_step_3("float32", params)), tx.init(params)
     expected = convert(old, fresh)
     assert not any(x.committed for x in jax.tree.leaves(expected))
     converted = convert(old, tx.init(jax.device_put(params, sharding)))
@@ -261,7 +262,7 @@ def test_nothing_is_nan_on_the_way():
     """So that jax.debug_nans does not raise, outside jit either."""
     params = {"w": jnp.ones((1, 128))}
     tx = scale_by_adamod(**STORAGES["float8"])
-    zeros, state = np.zeros((1, 128)), trained("float32", params)
+    zeros, state = np.zeros((1, 128)), at_step_3("float32", params)
     large = state._replace(mu={"w": zeros}, nu={"w": zeros + 1e38})
     with jax.debug_nans(True):
         for old in (state, large, optax.tree.zeros_like(state)):
@@ -284,7 +285,7 @@ class Encoder(nnx.Module):
 
 def test_in_flax_nnx():
     model = Encoder(nnx.Rngs(0))
-    txs = optax.adam(0.1), adamod(SCHEDULE), FLOAT8(SCHEDULE)
+    txs = optax.adam(0.1), adamod(SCHEDULE), IN_8_BITS(SCHEDULE)
     adam, wide, new = (nnx.Optimizer(model, tx, wrt=nnx.Param) for tx in txs)
     adam.opt_state = aged(adam.opt_state)
     wide.opt_state = from_adam(adam.opt_state, wide.opt_state)

@@ -154,7 +154,6 @@ def collectives(text):
         (AxisType.Explicit, P()),
         (AxisType.Auto, P("a")),
     ],
-    ids=str,
 )
 def test_only_counts_leave_a_shard(axis_type, spec):
     mesh = make_mesh(("a", "b"), axis_type)

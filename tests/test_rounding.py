@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from helpers import BFLOAT16, COUNT, FLOAT8, make_mesh, noise, rounded_to_nearest
 from optax_adamod import Float8Array, _storage, adamod, scale_by_adamod
+from optax_adamod._storage import Seed
 
 
 def float32(words):
@@ -22,10 +23,8 @@ def float32(words):
 
 def random_bits(shape, count, leaf, many=16):
     path = (jax.tree_util.DictKey(leaf),)
-    seed = _storage.Seed.of(
-        _storage.Seed.step_words(count), _storage.Seed.leaf_word(path)
-    )
-    return _storage.random_bits(shape, seed, many)
+    words = Seed.step_words(count), Seed.leaf_word(path)
+    return _storage.random_bits(shape, Seed.of(*words), many)
 
 
 @jax.jit
