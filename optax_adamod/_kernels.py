@@ -100,7 +100,7 @@ def _fits(form: Form, g: jax.Array, is_forced: bool) -> bool:
     if form == "tpu":  # libtpu has no custom_partitioning
         return sizes[AxisType.Auto] == 1 and max(g.shape) < 2**31
     # Triton's offsets have 32 bits. Axes of both kinds have no common partitioning.
-    both = min(sizes[AxisType.Auto], sizes[AxisType.Explicit]) > 1
+    both = {AxisType.Auto, AxisType.Explicit} <= {*mesh.axis_types}
     return gpu_has_kernels() and g.size < 2**31 and not both
 
 
